@@ -1,0 +1,342 @@
+"""``LinearOperator``: something you can multiply by, and its algebra."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from woodbury.errors import DeviceError, DtypeError, ShapeError, StructureError
+from woodbury.operators.tags import Tags, close
+from woodbury.spaces import Space
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+
+__all__ = ["LinearOperator"]
+
+# Columns per product when a dense form is assembled, so that a block never exceeds 64 MiB.
+_DENSE_BLOCK_BYTES = 64 * 2**20
+
+
+class LinearOperator:
+    r"""A linear map $A \in \mathbb{K}^{m \times n}$ known by its products.
+
+    Operators are immutable and lazy: algebra builds new operators and multiplies nothing. A
+    subclass gives ``_matmat`` (and ``_rmatmat`` unless it is hermitian); everything else follows,
+    and a structured subclass overrides what it can answer without products.
+
+    Hooks for subclasses (arguments are checked, contiguous, of the operator's dtype and device):
+
+    - ``_matmat(X)``: ``A @ X`` for ``X`` of shape ``[n, k]``. Required.
+    - ``_rmatmat(Y)``: ``A^H @ Y`` for ``Y`` of shape ``[m, k]``. Default: ``_matmat`` if hermitian.
+    - ``_to_dense()``, ``_diagonal()``, ``_trace()``, ``_logdet()``, ``_inverse()``,
+      ``_transpose()`` (``A.T`` as an operator), ``_scale(c)``, ``_add(other)``: structural forms;
+      the last five return ``None`` (``NotImplemented`` is not used) where there is none.
+
+    Args:
+        shape: ``(m, n)``.
+        dtype: dtype of products.
+        device: device of products.
+        tags: names from :data:`woodbury.operators.TAGS`, promised to hold; closed under implication.
+        space: :class:`~woodbury.Space` of the vectors ``x`` in ``A @ x``; plain ``Space(n)`` if not
+            given. Solvers reach inner products through it.
+
+    Raises:
+        TagError: unknown tags, or tags of square matrices on a rectangular operator.
+        ShapeError: negative sizes or a space of another dimension than ``n``.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Dense, Identity
+        >>> A = Dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), tags={"positive_definite"})
+        >>> (A + 0.5 * Identity(2)) @ torch.tensor([1.0, 0.0])
+        tensor([2.5000, 1.0000])
+        >>> A.T is A
+        True
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    tags: Tags
+    space: Space
+
+    # numpy must not try to broadcast ``array @ operator`` element by element.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tags: Iterable[str] = (),
+        space: Space | None = None,
+    ) -> None:
+        rows, columns = (int(size) for size in shape)
+        if rows < 0 or columns < 0:
+            raise ShapeError(f"shape is {(rows, columns)}: sizes must not be negative")
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise DtypeError(f"dtype is {dtype}; an operator needs a floating or complex dtype")
+        if space is not None and space.dim != columns:
+            raise ShapeError(f"space has dimension {space.dim}, the operator {columns} columns")
+        self.shape = (rows, columns)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.tags = close(tags, complex_dtype=dtype.is_complex, square=rows == columns)
+        self.space = Space(columns) if space is None else space
+
+    # ------------------------------------------------------------------ hooks
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define _matmat")
+
+    def _rmatmat(self, Y: Tensor) -> Tensor:
+        if "hermitian" in self.tags:
+            return self._matmat(Y)
+        if "symmetric" in self.tags:
+            return self._matmat(Y.conj()).conj()
+        raise StructureError(
+            f"{type(self).__name__} has no adjoint product: give one, or the tag 'symmetric' or "
+            "'hermitian' if it equals its transpose"
+        )
+
+    def _to_dense(self) -> Tensor:
+        rows, columns = self.shape
+        itemsize = torch.empty((), dtype=self.dtype).element_size()
+        width = max(1, min(columns, _DENSE_BLOCK_BYTES // max(1, itemsize * max(rows, columns, 1))))
+        if columns == 0:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        blocks = []
+        for start in range(0, columns, width):
+            stop = min(start + width, columns)
+            block = torch.zeros(columns, stop - start, dtype=self.dtype, device=self.device)
+            block[start:stop] = torch.eye(stop - start, dtype=self.dtype, device=self.device)
+            blocks.append(self._matmat(block))
+        return torch.cat(blocks, dim=1)
+
+    def _diagonal(self) -> Tensor:
+        return torch.diagonal(self._to_dense()).clone()
+
+    def _trace(self) -> Tensor | None:
+        return None
+
+    def _logdet(self) -> Tensor | None:
+        return None
+
+    def _inverse(self) -> LinearOperator | None:
+        return None
+
+    def _transpose(self) -> LinearOperator | None:
+        return None
+
+    def _scale(self, scale: complex | Tensor) -> LinearOperator | None:
+        return None
+
+    def _add(self, other: LinearOperator) -> LinearOperator | None:
+        return None
+
+    def _compose(self, other: LinearOperator) -> LinearOperator | None:
+        return None
+
+    # --------------------------------------------------------------- products
+
+    def _checked(self, x: Tensor, size: int, side: str) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"cannot multiply {type(self).__name__} with {type(x).__name__}")
+        if x.dim() not in (1, 2) or x.shape[0] != size:
+            raise ShapeError(
+                f"operator of shape {self.shape} cannot be applied{side} to a tensor of shape "
+                f"{tuple(x.shape)}; expected [{size}] or [{size}, k]"
+            )
+        if x.dtype != self.dtype:
+            raise DtypeError(
+                f"operator is {self.dtype}, the vector {x.dtype}; nothing is promoted silently: "
+                f"convert the vector with .to({self.dtype}) or the operator where it was made"
+            )
+        if x.device != self.device:
+            raise DeviceError(f"operator is on {self.device}, the vector on {x.device}")
+        return x
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """``A @ X`` for a block ``[n, k]``; ``A @ X`` is the same and also takes ``[n]``."""
+        if X.dim() != 2:
+            raise ShapeError(f"matmat needs a block [n, k], got shape {tuple(X.shape)}")
+        return self @ X
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """``A @ x`` for one vector ``[n]``: the one-column case of :meth:`matmat`."""
+        if x.dim() != 1:
+            raise ShapeError(f"matvec needs a vector [n], got shape {tuple(x.shape)}")
+        return self @ x
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """``A^H @ Y`` for ``Y`` of shape ``[m]`` or ``[m, k]``."""
+        Y = self._checked(Y, self.shape[0], " (adjoint)")
+        if Y.dim() == 1:
+            return self._rmatmat(Y.unsqueeze(1)).squeeze(1)
+        return self._rmatmat(Y)
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, LinearOperator):
+            from woodbury.operators.algebra import compose
+
+            return compose(self, other)
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        x = self._checked(other, self.shape[1], "")
+        if x.dim() == 1:
+            return self._matmat(x.unsqueeze(1)).squeeze(1)
+        return self._matmat(x)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        # x^T A = (A^T x)^T
+        if other.dim() == 1:
+            return self.T @ other
+        return (self.T @ other.mT.contiguous()).mT
+
+    # ---------------------------------------------------------------- algebra
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose (not conjugated)."""
+        from woodbury.operators.algebra import transpose
+
+        return transpose(self)
+
+    @property
+    def H(self) -> LinearOperator:
+        """The conjugate transpose; the same as ``A.T`` for a real dtype."""
+        from woodbury.operators.algebra import adjoint
+
+        return adjoint(self)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        from woodbury.operators.algebra import add
+
+        return add(self, other)
+
+    def __sub__(self, other: Any) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return self + (-1) * other
+
+    def __neg__(self) -> LinearOperator:
+        return (-1) * self
+
+    def __mul__(self, other: Any) -> LinearOperator:
+        if not isinstance(other, numbers.Number) and not (
+            isinstance(other, Tensor) and other.dim() == 0
+        ):
+            return NotImplemented
+        from woodbury.operators.algebra import scale
+
+        return scale(other, self)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> LinearOperator:
+        if not isinstance(other, numbers.Number) and not (
+            isinstance(other, Tensor) and other.dim() == 0
+        ):
+            return NotImplemented
+        return self * (1 / other)
+
+    # ---------------------------------------------------------- what it knows
+
+    @property
+    def is_square(self) -> bool:
+        """Whether ``m == n``."""
+        return self.shape[0] == self.shape[1]
+
+    def _require_square(self, what: str) -> None:
+        if not self.is_square:
+            raise ShapeError(f"{what} needs a square operator, this one is {self.shape}")
+
+    def to_dense(self) -> Tensor:
+        """The matrix ``[m, n]``; ``n`` products unless the structure gives it."""
+        return self._to_dense()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[n]`` of a square operator; ``n`` products unless structural."""
+        self._require_square("diagonal()")
+        return self._diagonal()
+
+    def trace(self) -> Tensor:
+        """The trace; the sum of :meth:`diagonal` unless the structure gives it directly."""
+        self._require_square("trace()")
+        trace = self._trace()
+        return self._diagonal().sum() if trace is None else trace
+
+    def logdet(self) -> Tensor:
+        r"""$\log|\det A|$ where the structure gives it.
+
+        Raises:
+            StructureError: there is no structural form.
+            SingularError: the operator is singular.
+        """
+        self._require_square("logdet()")
+        value = self._logdet()
+        if value is None:
+            raise StructureError(
+                f"{type(self).__name__} has no structural log-determinant; use "
+                "Dense(A.to_dense()).logdet() where the matrix fits in memory"
+            )
+        return value
+
+    def inverse(self) -> LinearOperator:
+        """The inverse as an operator of the same kind of structure.
+
+        Raises:
+            StructureError: there is no structural inverse; ``woodbury.inverse(A, recipe)`` takes
+                any recipe.
+            SingularError: the operator is singular.
+        """
+        self._require_square("inverse()")
+        value = self._inverse()
+        if value is None:
+            raise StructureError(
+                f"{type(self).__name__} has no structural inverse; use woodbury.inverse(A, recipe)"
+            )
+        return value
+
+    def solve(self, b: Tensor) -> Tensor:
+        """``A^-1 b`` for ``[n]`` or ``[n, k]`` by structure; see :meth:`inverse` for errors."""
+        return self.inverse() @ b
+
+    def to_scipy(self) -> ScipyLinearOperator:
+        """The same map as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays (CPU copies)."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+
+        def wrap(apply: Any) -> Any:
+            def product(x: Any) -> Any:
+                array = np.ascontiguousarray(x, dtype=numpy_dtype)
+                tensor = torch.from_numpy(array).to(self.device)
+                return apply(tensor).detach().cpu().resolve_conj().numpy()
+
+            return product
+
+        forward, backward = wrap(self.__matmul__), wrap(self.rmatmat)
+        return ScipyOperator(
+            self.shape,
+            matvec=lambda x: forward(x.reshape(-1)),
+            rmatvec=lambda y: backward(y.reshape(-1)),
+            matmat=forward,
+            rmatmat=backward,
+            dtype=numpy_dtype,
+        )
+
+    def __repr__(self) -> str:
+        tags = f", tags={{{', '.join(sorted(self.tags))}}}" if self.tags else ""
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}{tags})"

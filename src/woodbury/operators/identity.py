@@ -1,0 +1,86 @@
+"""The identity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from woodbury.errors import ShapeError
+from woodbury.operators.base import LinearOperator
+from woodbury.spaces import Space
+
+__all__ = ["Identity"]
+
+
+class Identity(LinearOperator):
+    r"""The identity $I_n$.
+
+    Made without a dtype or device it takes those of what it is combined with, so that
+    ``A + 1e-3 * Identity(n)`` works for every ``A``.
+
+    Args:
+        n: size.
+        dtype: dtype; default ``torch.get_default_dtype()``, adapting in algebra.
+        device: device; default the CPU, adapting in algebra.
+        space: :class:`~woodbury.Space` of its vectors.
+
+    Raises:
+        ShapeError: ``n`` is negative.
+
+    Cost: a product returns its argument and copies nothing.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Identity
+        >>> (2.0 * Identity(3)).logdet()
+        tensor(2.0794)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        space: Space | None = None,
+    ) -> None:
+        if n < 0:
+            raise ShapeError(f"n is {n}; the size of an identity must not be negative")
+        super().__init__(
+            (n, n),
+            dtype=torch.get_default_dtype() if dtype is None else dtype,
+            device="cpu" if device is None else device,
+            tags={"diagonal", "positive_definite", "unitary"},
+            space=space,
+        )
+        self._free_dtype = dtype is None
+        self._free_device = device is None
+
+    def like(self, other: LinearOperator) -> Identity:
+        """This identity with ``other``'s dtype and device, where they were left open."""
+        dtype = other.dtype if self._free_dtype else self.dtype
+        device = other.device if self._free_device else self.device
+        if dtype == self.dtype and device == self.device:
+            return self
+        return Identity(self.shape[0], dtype=dtype, device=device, space=self.space)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return X
+
+    def _rmatmat(self, Y: Tensor) -> Tensor:
+        return Y
+
+    def _to_dense(self) -> Tensor:
+        return torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def _diagonal(self) -> Tensor:
+        return torch.ones(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def _logdet(self) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=self.device)
+
+    def _inverse(self) -> LinearOperator:
+        return self
+
+    def _compose(self, other: LinearOperator) -> LinearOperator:
+        return other
