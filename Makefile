@@ -59,7 +59,7 @@ imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS)

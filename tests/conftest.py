@@ -1,0 +1,44 @@
+"""What every test shares: one thread per process, a fixed seed, and the data folder if there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # before the first import of numpy or torch
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Shared machines are slow at times, and a failure must be seen again by whoever looks for it.
+hypothesis.settings.register_profile("woodbury", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("woodbury")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Return the folder of public data sets, or skip the test where there is none."""
+    folder = Path(os.environ.get("WOODBURY_DATA", ROOT / "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set WOODBURY_DATA")
+    return folder
