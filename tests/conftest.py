@@ -1,4 +1,4 @@
-"""What every test shares: one thread per process, a fixed seed, and the data folder if there is one."""
+"""What all tests share: one thread per process, a fixed seed, the data folder if there is one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before the first import of numpy or torch
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import hypothesis
-import pytest
-import torch
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
