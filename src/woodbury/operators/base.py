@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LinearOperator"]
 
+_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+
 # Columns per product when a dense form is assembled, so that a block never exceeds 64 MiB.
 _DENSE_BLOCK_BYTES = 64 * 2**20
 
@@ -29,25 +38,33 @@ class LinearOperator:
     subclass gives ``_matmat`` (and ``_rmatmat`` unless it is hermitian); everything else follows,
     and a structured subclass overrides what it can answer without products.
 
-    Hooks for subclasses (arguments are checked, contiguous, of the operator's dtype and device):
+    Hooks for subclasses (arguments are checked, of the operator's dtype and device, with at least
+    one column, any strides; a result must not share memory with the argument):
 
     - ``_matmat(X)``: ``A @ X`` for ``X`` of shape ``[n, k]``. Required.
     - ``_rmatmat(Y)``: ``A^H @ Y`` for ``Y`` of shape ``[m, k]``. Default: ``_matmat`` if hermitian.
-    - ``_to_dense()``, ``_diagonal()``, ``_trace()``, ``_logdet()``, ``_inverse()``,
-      ``_transpose()`` (``A.T`` as an operator), ``_scale(c)``, ``_add(other)``: structural forms;
-      the last five return ``None`` (``NotImplemented`` is not used) where there is none.
+    - ``_to_dense()``, ``_diagonal()``: default by products.
+    - ``_trace()``, ``_logdet()``, ``_inverse()``, ``_transpose()`` (``A.T`` as an operator),
+      ``_adjoint()`` (``A.H``, asked for complex dtypes only), ``_scale(c)``, ``_add(other)``,
+      ``_compose(other)``: structural forms, ``None`` where there is none.
+    - ``_has_inverse()``: whether ``_inverse()`` would give one, found without doing the work.
+    - ``_columns(index)``: ``A[:, index]``; default by products with unit vectors.
 
     Args:
         shape: ``(m, n)``.
-        dtype: dtype of products.
+        dtype: dtype of products: float16, bfloat16, float32, float64, complex64 or complex128.
         device: device of products.
-        tags: names from :data:`woodbury.operators.TAGS`, promised to hold; closed under implication.
+        tags: names from :data:`woodbury.operators.TAGS`, promised to hold; closed under
+            implication.
         space: :class:`~woodbury.Space` of the vectors ``x`` in ``A @ x``; plain ``Space(n)`` if not
             given. Solvers reach inner products through it.
+        out_space: space of the vectors ``A @ x``; default ``space`` for a square operator and plain
+            ``Space(m)`` otherwise.
 
     Raises:
         TagError: unknown tags, or tags of square matrices on a rectangular operator.
-        ShapeError: negative sizes or a space of another dimension than ``n``.
+        ShapeError: negative sizes or a space of another dimension than its side.
+        DtypeError: a dtype not listed above.
 
     Example:
         >>> import torch
@@ -64,6 +81,11 @@ class LinearOperator:
     device: torch.device
     tags: Tags
     space: Space
+    out_space: Space
+
+    # What this operator was made from as ``A.T`` or ``A.H``, so that transposing twice gives ``A``.
+    _transpose_of: LinearOperator | None = None
+    _adjoint_of: LinearOperator | None = None
 
     # numpy must not try to broadcast ``array @ operator`` element by element.
     __array_ufunc__ = None
@@ -76,19 +98,26 @@ class LinearOperator:
         device: torch.device | str,
         tags: Iterable[str] = (),
         space: Space | None = None,
+        out_space: Space | None = None,
     ) -> None:
         rows, columns = (int(size) for size in shape)
         if rows < 0 or columns < 0:
             raise ShapeError(f"shape is {(rows, columns)}: sizes must not be negative")
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise DtypeError(f"dtype is {dtype}; an operator needs a floating or complex dtype")
+        if dtype not in _DTYPES:
+            names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+            raise DtypeError(f"dtype is {dtype}; an operator needs one of {names}")
         if space is not None and space.dim != columns:
             raise ShapeError(f"space has dimension {space.dim}, the operator {columns} columns")
+        if out_space is not None and out_space.dim != rows:
+            raise ShapeError(f"out_space has dimension {out_space.dim}, the operator {rows} rows")
         self.shape = (rows, columns)
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = _indexed(torch.device(device))
         self.tags = close(tags, complex_dtype=dtype.is_complex, square=rows == columns)
         self.space = Space(columns) if space is None else space
+        if out_space is None:
+            out_space = self.space if rows == columns else Space(rows)
+        self.out_space = out_space
 
     # ------------------------------------------------------------------ hooks
 
@@ -99,7 +128,7 @@ class LinearOperator:
         if "hermitian" in self.tags:
             return self._matmat(Y)
         if "symmetric" in self.tags:
-            return self._matmat(Y.conj()).conj()
+            return self._matmat(Y.conj().resolve_conj()).conj().resolve_conj()
         raise StructureError(
             f"{type(self).__name__} has no adjoint product: give one, or the tag 'symmetric' or "
             "'hermitian' if it equals its transpose"
@@ -126,12 +155,26 @@ class LinearOperator:
         return None
 
     def _logdet(self) -> Tensor | None:
+        if "unitary" in self.tags:
+            return torch.zeros((), dtype=real_dtype(self.dtype), device=self.device)
         return None
+
+    def _has_inverse(self) -> bool:
+        own = type(self)._inverse is not LinearOperator._inverse
+        return self.is_square and (own or "unitary" in self.tags)
 
     def _inverse(self) -> LinearOperator | None:
-        return None
+        return self.H if "unitary" in self.tags else None
+
+    def _columns(self, index: Tensor) -> Tensor:
+        units = torch.zeros(self.shape[1], index.shape[0], dtype=self.dtype, device=self.device)
+        units[index, torch.arange(index.shape[0], device=self.device)] = 1
+        return self._matmat(units)
 
     def _transpose(self) -> LinearOperator | None:
+        return None
+
+    def _adjoint(self) -> LinearOperator | None:
         return None
 
     def _scale(self, scale: complex | Tensor) -> LinearOperator | None:
@@ -153,14 +196,27 @@ class LinearOperator:
                 f"operator of shape {self.shape} cannot be applied{side} to a tensor of shape "
                 f"{tuple(x.shape)}; expected [{size}] or [{size}, k]"
             )
+        if x.layout != torch.strided:
+            raise DtypeError(f"the vector has layout {x.layout}; convert it with .to_dense()")
         if x.dtype != self.dtype:
             raise DtypeError(
                 f"operator is {self.dtype}, the vector {x.dtype}; nothing is promoted silently: "
                 f"convert the vector with .to({self.dtype}) or the operator where it was made"
             )
         if x.device != self.device:
-            raise DeviceError(f"operator is on {self.device}, the vector on {x.device}")
-        return x
+            raise DeviceError(
+                f"operator is on {self.device}, the vector on {x.device}; "
+                f"move the vector with .to({str(self.device)!r})"
+            )
+        return x.resolve_conj().resolve_neg()
+
+    def _product(self, X: Tensor, rows: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """The hook ``apply`` for ``[n]`` or ``[n, k]``; hooks never see an empty block."""
+        if X.dim() == 1:
+            return apply(X.unsqueeze(1)).squeeze(1)
+        if X.shape[1] == 0:
+            return X.new_zeros(rows, 0)
+        return apply(X)
 
     def matmat(self, X: Tensor) -> Tensor:
         """``A @ X`` for a block ``[n, k]``; ``A @ X`` is the same and also takes ``[n]``."""
@@ -177,9 +233,7 @@ class LinearOperator:
     def rmatmat(self, Y: Tensor) -> Tensor:
         """``A^H @ Y`` for ``Y`` of shape ``[m]`` or ``[m, k]``."""
         Y = self._checked(Y, self.shape[0], " (adjoint)")
-        if Y.dim() == 1:
-            return self._rmatmat(Y.unsqueeze(1)).squeeze(1)
-        return self._rmatmat(Y)
+        return self._product(Y, self.shape[1], self._rmatmat)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, LinearOperator):
@@ -189,9 +243,7 @@ class LinearOperator:
         if not isinstance(other, Tensor):
             return NotImplemented
         x = self._checked(other, self.shape[1], "")
-        if x.dim() == 1:
-            return self._matmat(x.unsqueeze(1)).squeeze(1)
-        return self._matmat(x)
+        return self._product(x, self.shape[0], self._matmat)
 
     def __rmatmul__(self, other: Any) -> Any:
         if not isinstance(other, Tensor):
@@ -199,7 +251,7 @@ class LinearOperator:
         # x^T A = (A^T x)^T
         if other.dim() == 1:
             return self.T @ other
-        return (self.T @ other.mT.contiguous()).mT
+        return (self.T @ other.mT).mT
 
     # ---------------------------------------------------------------- algebra
 
@@ -233,9 +285,7 @@ class LinearOperator:
         return (-1) * self
 
     def __mul__(self, other: Any) -> LinearOperator:
-        if not isinstance(other, numbers.Number) and not (
-            isinstance(other, Tensor) and other.dim() == 0
-        ):
+        if not _is_scalar(other):
             return NotImplemented
         from woodbury.operators.algebra import scale
 
@@ -244,9 +294,7 @@ class LinearOperator:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> LinearOperator:
-        if not isinstance(other, numbers.Number) and not (
-            isinstance(other, Tensor) and other.dim() == 0
-        ):
+        if not _is_scalar(other):
             return NotImplemented
         return self * (1 / other)
 
@@ -260,6 +308,33 @@ class LinearOperator:
     def _require_square(self, what: str) -> None:
         if not self.is_square:
             raise ShapeError(f"{what} needs a square operator, this one is {self.shape}")
+
+    @property
+    def has_inverse(self) -> bool:
+        """Whether :meth:`inverse` and :meth:`solve` have a structural form; nothing is computed."""
+        return self._has_inverse()
+
+    def columns(self, index: Tensor) -> Tensor:
+        """The columns ``A[:, index]``, ``[m, k]``, for integer indices ``[k]``.
+
+        Cost: ``k`` products unless the structure gives them.
+
+        Raises:
+            ShapeError: ``index`` is not one-dimensional or points outside the operator.
+        """
+        index = torch.as_tensor(index, device=self.device)
+        n = self.shape[1]
+        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise ShapeError(
+                f"index has shape {tuple(index.shape)} and dtype {index.dtype}; "
+                "expected integers [k]"
+            )
+        if index.numel() == 0:
+            return torch.zeros(self.shape[0], 0, dtype=self.dtype, device=self.device)
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= n:
+            raise ShapeError(f"index runs from {low} to {high}, the operator has {n} columns")
+        return self._columns(index.long())
 
     def to_dense(self) -> Tensor:
         """The matrix ``[m, n]``; ``n`` products unless the structure gives it."""
@@ -317,12 +392,14 @@ class LinearOperator:
         import numpy as np
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
+        if self.dtype == torch.bfloat16:
+            raise DtypeError("NumPy has no bfloat16; make the operator in float32 for to_scipy()")
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
         def wrap(apply: Any) -> Any:
             def product(x: Any) -> Any:
-                array = np.ascontiguousarray(x, dtype=numpy_dtype)
-                tensor = torch.from_numpy(array).to(self.device)
+                # A copy: SciPy hands out read-only arrays, which torch cannot wrap.
+                tensor = torch.from_numpy(np.array(x, dtype=numpy_dtype)).to(self.device)
                 return apply(tensor).detach().cpu().resolve_conj().numpy()
 
             return product
@@ -340,3 +417,21 @@ class LinearOperator:
     def __repr__(self) -> str:
         tags = f", tags={{{', '.join(sorted(self.tags))}}}" if self.tags else ""
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}{tags})"
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of absolute values: float32 for complex64, the dtype itself where it is real."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, numbers.Complex)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` as the ``cuda:0`` that tensors report, so that devices can be compared."""
+    if device.type in ("cpu", "meta") or device.index is not None:
+        return device
+    return torch.empty(0, device=device).device

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import ShapeError
-from woodbury.operators.base import LinearOperator
+from woodbury.operators.base import LinearOperator, real_dtype
 from woodbury.spaces import Space
 
 __all__ = ["Identity"]
@@ -27,7 +27,7 @@ class Identity(LinearOperator):
     Raises:
         ShapeError: ``n`` is negative.
 
-    Cost: a product returns its argument and copies nothing.
+    Cost: a product copies its argument, so that changing one in place never changes the other.
 
     Example:
         >>> import torch
@@ -65,10 +65,10 @@ class Identity(LinearOperator):
         return Identity(self.shape[0], dtype=dtype, device=device, space=self.space)
 
     def _matmat(self, X: Tensor) -> Tensor:
-        return X
+        return X.clone()
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
-        return Y
+        return Y.clone()
 
     def _to_dense(self) -> Tensor:
         return torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
@@ -77,10 +77,35 @@ class Identity(LinearOperator):
         return torch.ones(self.shape[0], dtype=self.dtype, device=self.device)
 
     def _logdet(self) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.zeros((), dtype=real_dtype(self.dtype), device=self.device)
+
+    def _columns(self, index: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(index, self.shape[0]).mT.to(self.dtype)
 
     def _inverse(self) -> LinearOperator:
         return self
 
+    def _transpose(self) -> LinearOperator:
+        return self
+
+    def _adjoint(self) -> LinearOperator:
+        return self
+
+    def _add(self, other: LinearOperator) -> LinearOperator | None:
+        """``I + c I`` is ``(1 + c) I``."""
+        factor = multiple_of_identity(other)
+        return None if factor is None else (1 + factor) * self
+
     def _compose(self, other: LinearOperator) -> LinearOperator:
         return other
+
+
+def multiple_of_identity(operator: LinearOperator) -> complex | Tensor | None:
+    """``c`` where the operator is ``c * I``, otherwise ``None``."""
+    from woodbury.operators.scaled import Scaled
+
+    if isinstance(operator, Identity):
+        return 1.0
+    if isinstance(operator, Scaled) and isinstance(operator.operator, Identity):
+        return operator.factor
+    return None

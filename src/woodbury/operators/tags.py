@@ -32,6 +32,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from woodbury.errors import TagError
 
 __all__ = ["TAGS", "Tags", "close", "inverse_tags", "scaled_tags", "sum_tags", "transposed_tags"]
@@ -65,13 +67,17 @@ def close(tags: Iterable[str], *, complex_dtype: bool, square: bool) -> Tags:
         TagError: a name is unknown, or a tag of square matrices is given to a rectangular one.
     """
     if isinstance(tags, str):
-        raise TagError(f"tags is the string {tags!r}; give a set of names, for example {{{tags!r}}}")
+        raise TagError(
+            f"tags is the string {tags!r}; give a set of names, for example {{{tags!r}}}"
+        )
     found = set(tags)
     unknown = sorted(found - TAGS)
     if unknown:
         raise TagError(f"unknown tags {unknown}; known tags are {sorted(TAGS)}")
     if found and not square:
-        raise TagError(f"tags {sorted(found)} describe square matrices, this operator is not square")
+        raise TagError(
+            f"tags {sorted(found)} describe square matrices, this operator is not square"
+        )
     pending = list(found)
     while pending:
         tag = pending.pop()
@@ -100,20 +106,19 @@ def sum_tags(left: Tags, right: Tags) -> Tags:
     return tags
 
 
-def scaled_tags(tags: Tags, scale: complex) -> Tags:
+def scaled_tags(tags: Tags, factor: complex | Tensor) -> Tags:
     """Tags of ``c * A``."""
+    number = complex(factor.item() if isinstance(factor, Tensor) else factor)
     kept = tags & {"symmetric", "diagonal", "lower_triangular", "upper_triangular"}
-    real = scale.imag == 0 if isinstance(scale, complex) else True
-    if real:
-        value = scale.real
+    if number.imag == 0:
         kept |= tags & {"hermitian"}
-        if value > 0:
+        if number.real > 0:
             kept |= tags & {"positive_semidefinite", "positive_definite"}
-        elif value == 0:
+        elif number.real == 0:
             kept |= tags & {"positive_semidefinite"}
-    if abs(scale) == 1:
+    if abs(number) == 1:
         kept |= tags & {"unitary"}
-    return frozenset(kept)
+    return kept
 
 
 def inverse_tags(tags: Tags) -> Tags:
