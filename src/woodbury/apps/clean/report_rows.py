@@ -1,0 +1,166 @@
+"""The suspects of the report: their pictures or values, and what stands out about each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from woodbury.apps.clean.report_charts import thumbnail
+
+if TYPE_CHECKING:
+    from woodbury.apps.clean.job import CleanResult
+
+__all__ = ["suspect_cards"]
+
+TOP = 60
+MAX_TEXT = 280
+MAX_VALUES = 40
+MAX_REASONS = 3
+# Medians and shares by class are taken from at most this many rows.
+SAMPLE = 50_000
+
+
+def suspect_cards(result: CleanResult, top: int = TOP) -> list[dict[str, Any]]:
+    """The most suspicious rows, ready to show.
+
+    Args:
+        result: of the job.
+        top: how many at most; rows with an error probability of at most 0.5 are not suspects.
+
+    Returns:
+        For each: ``row, given, suggested, probability, weight, rank`` and either ``image`` (a data
+        URI) or ``texts``, ``values`` and ``reasons``.
+    """
+    chosen = result.suspects.head(top)
+    cards = [
+        {
+            "row": int(line.row),
+            "rank": int(line.rank),
+            "given": _show(line.label),
+            "suggested": _show(line.suggested_label),
+            "probability": float(line.error_probability),
+            "weight": float(line.weight),
+        }
+        for line in chosen.itertuples()
+    ]
+    shape = result.prepared.image_shape
+    if shape is not None:
+        pixels = _pixels(result, chosen["row"].to_numpy())
+        low, high = _range(result)
+        for card, image in zip(cards, pixels, strict=True):
+            card["image"] = thumbnail(image.reshape(shape), low, high)
+        return cards
+    if result.table.frame is None:
+        return cards
+    _add_values(result, cards)
+    return cards
+
+
+def _pixels(result: CleanResult, rows: np.ndarray) -> np.ndarray:
+    table = result.table
+    if table.array is not None:
+        return table.array[rows]
+    assert table.frame is not None
+    return table.frame.iloc[rows].to_numpy(dtype=np.float64)
+
+
+def _range(result: CleanResult) -> tuple[float, float]:
+    probe = _pixels(result, np.arange(0, len(result.table), max(1, len(result.table) // 500)))
+    return float(probe.min()), float(probe.max())
+
+
+def _add_values(result: CleanResult, cards: list[dict[str, Any]]) -> None:
+    frame = result.table.frame
+    assert frame is not None
+    kinds = {str(use["name"]): str(use["kind"]) for use in result.prepared.columns}
+    texts = [name for name, kind in kinds.items() if kind == "text"]
+    shown = [name for name in frame.columns if name not in texts]
+    typical = _Typical(result, kinds)
+    for card in cards:
+        line = frame.iloc[card["row"]]
+        card["texts"] = [(name, _show(line[name], MAX_TEXT)) for name in texts]
+        card["values"] = [(name, _show(line[name])) for name in shown[:MAX_VALUES]]
+        card["left_out"] = max(0, len(shown) - MAX_VALUES)
+        card["reasons"] = typical.reasons(card["row"])
+
+
+class _Typical:
+    """What is usual in each class, to say where a row is unlike its label's class."""
+
+    def __init__(self, result: CleanResult, kinds: dict[str, str]) -> None:
+        self._rows = result.rows
+        self._frame = result.table.frame
+        self._numeric: dict[str, tuple[dict[Any, float], float]] = {}
+        self._categories: dict[str, pd.DataFrame] = {}
+        if result.prepared.labels.task != "classification" or self._frame is None:
+            return
+        trusted = result.rows["error_probability"].to_numpy() <= 0.5
+        picked = np.flatnonzero(trusted)
+        picked = picked[:: max(1, len(picked) // SAMPLE)]
+        labels = result.rows["label"].iloc[picked].to_numpy()
+        for name, kind in kinds.items():
+            column = self._frame[name].iloc[picked].reset_index(drop=True)
+            if kind == "numeric" and pd.api.types.is_numeric_dtype(column.dtype):
+                spread = float(column.quantile(0.75) - column.quantile(0.25)) or float(column.std())
+                medians = column.groupby(labels).median().to_dict()
+                self._numeric[name] = (medians, spread or 1.0)
+            elif kind == "categorical":
+                values = column.astype(str)
+                self._categories[name] = pd.crosstab(values, labels, normalize="columns")
+
+    def reasons(self, row: int) -> list[str]:
+        """Up to three sentences on what is unusual for the given label and not for the suggested."""
+        if self._frame is None:
+            return []
+        line = self._rows.iloc[row]
+        given, suggested = line["label"], line["suggested_label"]
+        found = [
+            *self._numeric_reasons(row, given, suggested),
+            *self._category_reasons(row, given, suggested),
+        ]
+        found.sort(key=lambda item: -item[0])
+        return [text for _, text in found[:MAX_REASONS]]
+
+    def _numeric_reasons(self, row: int, given: Any, suggested: Any) -> list[tuple[float, str]]:
+        assert self._frame is not None
+        found = []
+        for name, (medians, spread) in self._numeric.items():
+            value = self._frame[name].iloc[row]
+            if pd.isna(value) or given not in medians or suggested not in medians:
+                continue
+            far = abs(value - medians[given]) - abs(value - medians[suggested])
+            if far / spread > 0.3:
+                text = (
+                    f"{name} is {_show(value)}; usual for {_show(given)} is "
+                    f"{_show(medians[given])}, for {_show(suggested)} {_show(medians[suggested])}"
+                )
+                found.append((far / spread, text))
+        return found
+
+    def _category_reasons(self, row: int, given: Any, suggested: Any) -> list[tuple[float, str]]:
+        assert self._frame is not None
+        found = []
+        for name, shares in self._categories.items():
+            value = str(self._frame[name].iloc[row])
+            if value not in shares.index or not {given, suggested} <= set(shares.columns):
+                continue
+            here, there = float(shares.loc[value, given]), float(shares.loc[value, suggested])
+            if there - here > 0.2:
+                text = (
+                    f"{name} is {_show(value)}, as in {there:.0%} of {_show(suggested)} and "
+                    f"{here:.0%} of {_show(given)}"
+                )
+                found.append((2 * (there - here), text))
+        return found
+
+
+def _show(value: Any, most: int = 60) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NaT:
+        return "–"
+    if isinstance(value, float | np.floating):
+        text = f"{value:.6g}" if abs(value) < 1e15 else f"{value:.3g}"
+    else:
+        text = str(value)
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"

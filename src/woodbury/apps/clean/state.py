@@ -1,0 +1,180 @@
+"""The folder a run writes to: found writable before work starts, and resumable after a kill.
+
+``DIR/state/run.json`` holds the settings, a hash of the input and whether the run is finished;
+``DIR/state/checkpoint`` belongs to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from woodbury.errors import DataError
+
+__all__ = ["OUTPUTS", "RunFolder", "atomic"]
+
+OUTPUTS = (
+    "rows.csv",
+    "rows.parquet",
+    "cleaned.csv",
+    "cleaned.tsv",
+    "cleaned.parquet",
+    "cleaned.npz",
+    "summary.json",
+    "report.html",
+)
+FORMAT = 1
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; put it in place when the block succeeds.
+
+    Whoever reads ``path`` sees the old file or the whole new one, never a part.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with atomic(Path(folder) / "a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     (Path(folder) / "a.txt").read_text()
+        'whole'
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class RunFolder:
+    """The output folder of one run.
+
+    Attributes:
+        path: the folder.
+        resume: whether ``--resume`` was given.
+        replaces: an earlier, finished run is being replaced.
+        resumed: an earlier run of the same settings is being continued.
+    """
+
+    path: Path
+    resume: bool
+    replaces: bool = False
+    resumed: bool = False
+
+    @classmethod
+    def open(cls, path: Path, resume: bool) -> RunFolder:
+        """Create the folder, and make sure that it can be written and is ours to write.
+
+        A folder that is missing or empty is taken; that of a finished run is written anew; that
+        of an unfinished run needs ``resume``; any other is refused, so that nothing is lost.
+
+        Raises:
+            DataError: it cannot be written, holds other files, or an unfinished run.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".woodbury-probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise DataError(
+                f"The output folder {path} cannot be written ({error.strerror or error}). "
+                "Choose another with --out, or free this one."
+            ) from None
+        folder = cls(path, resume)
+        earlier = folder.read()
+        if earlier is None:
+            strange = sorted(item.name for item in path.iterdir() if item.name != "state")
+            if strange:
+                raise DataError(
+                    f"The output folder {path} is not empty ({strange[0]!r}, {len(strange)} files) "
+                    "and was not written by woodbury. Choose a new folder with --out."
+                )
+        elif not resume and not earlier["finished"]:
+            raise DataError(
+                f"{path} holds an unfinished run of {earlier['input']['name']}. Add --resume to go "
+                "on with it, choose another folder with --out, or delete this one."
+            )
+        return folder
+
+    @property
+    def state(self) -> Path:
+        """The file of settings."""
+        return self.path / "state" / "run.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the engine keeps its state."""
+        return self.path / "state" / "checkpoint"
+
+    def read(self) -> dict[str, Any] | None:
+        """The stored state, or None where there is none."""
+        try:
+            state = json.loads(self.state.read_text(encoding="utf-8"))
+            return state if state["format"] == FORMAT and state["input"]["name"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def begin(self, settings: dict[str, Any], source: dict[str, Any]) -> None:
+        """Compare with the stored run, or store this one and remove what an earlier run left.
+
+        Args:
+            settings: what the result depends on, JSON values.
+            source: ``name`` and ``sha256`` of the input (and ``trusted_sha256``).
+
+        Raises:
+            DataError: ``resume`` with other settings or another input.
+        """
+        earlier = self.read()
+        for left in self.path.glob(".*.tmp.*"):  # of a killed run
+            left.unlink()
+        if earlier is not None and self.resume:
+            self._compare(earlier, settings, source)
+            self.resumed = True
+            return
+        self.replaces = earlier is not None
+        self._store(settings, source, finished=False)
+        for name in OUTPUTS:
+            (self.path / name).unlink(missing_ok=True)
+        for left in self.state.parent.glob(f"{self.checkpoint.name}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def finish(self) -> None:
+        """Mark the run as finished; its outputs are complete."""
+        state = self.read()
+        assert state is not None
+        self._store(state["settings"], state["input"], finished=True)
+
+    def _store(self, settings: dict[str, Any], source: dict[str, Any], finished: bool) -> None:
+        self.state.parent.mkdir(exist_ok=True)
+        state = {"format": FORMAT, "finished": finished, "settings": settings, "input": source}
+        with atomic(self.state) as temporary:
+            temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def _compare(
+        self, earlier: dict[str, Any], settings: dict[str, Any], source: dict[str, Any]
+    ) -> None:
+        differences = [
+            f"{key} was {earlier['settings'].get(key)!r} and is {value!r}"
+            for key, value in settings.items()
+            if earlier["settings"].get(key) != value
+        ]
+        if earlier["input"].get("sha256") != source["sha256"]:
+            differences.append(f"the content of {source['name']} is not the same")
+        if earlier["input"].get("trusted_sha256") != source.get("trusted_sha256"):
+            differences.append("the trusted rows are not the same")
+        if differences:
+            raise DataError(
+                f"Cannot resume in {self.path}: {'; '.join(differences)}. Give the settings and "
+                "the table of the first run, or choose another folder with --out."
+            )
