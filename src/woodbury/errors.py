@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from woodbury.solvers.solution import Solution
 
 __all__ = [
+    "ArgumentError",
     "BudgetError",
     "DataError",
     "DeviceError",
@@ -32,6 +33,10 @@ __all__ = [
 
 class WoodburyError(Exception):
     """Base of every exception raised by woodbury on purpose."""
+
+
+class ArgumentError(WoodburyError, ValueError):
+    """An argument has a value outside the range that makes sense for it."""
 
 
 class ShapeError(WoodburyError, ValueError):
