@@ -42,8 +42,8 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.installed-app $@
 
 demo: $(VENV)/.installed-app
-	@$(BIN)/woodbury clean --demo digits --out woodbury-report </dev/null
-	@echo "The report is $(CURDIR)/woodbury-report/report.html"
+	@$(BIN)/woodbury clean --demo digits </dev/null
+	@echo "The report is $(CURDIR)/woodbury-report/digits/report.html"
 
 test: lint types imports docs pytest
 	@echo "all checks passed"

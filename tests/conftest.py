@@ -7,7 +7,6 @@ from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before the first import of numpy or torch
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -18,8 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted(
     f"woodbury.{module.name}"
     for module in pkgutil.iter_modules(woodbury.__path__)
-    if not module.name.startswith("_") and module.name != "cli"
+    if not module.name.startswith("_") and module.name not in ("apps", "cli")
 )
+ROOMS += [
+    f"woodbury.apps.{module.name}"
+    for module in pkgutil.iter_modules([f"{woodbury.__path__[0]}/apps"])
+    if module.ispkg and module.name != "tables"  # what the jobs share is not public
+]
 
 
 def public_names() -> list[str]:
