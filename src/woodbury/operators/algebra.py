@@ -15,7 +15,7 @@ from torch import Tensor
 
 from woodbury.errors import DeviceError, DtypeError, ShapeError
 from woodbury.operators.base import LinearOperator
-from woodbury.operators.identity import Identity, multiple_of_identity
+from woodbury.operators.identity import adapted, multiple_of_identity
 from woodbury.operators.product import Product
 from woodbury.operators.scaled import Scaled
 from woodbury.operators.sum import Sum
@@ -80,7 +80,7 @@ def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
     """``A + B``."""
     if left.shape != right.shape:
         raise ShapeError(f"cannot add operators of shapes {left.shape} and {right.shape}")
-    left, right = _like(left, right), _like(right, left)
+    left, right = adapted(left, right), adapted(right, left)
     _require_same_kind(left, right, "add")
     merged: list[LinearOperator] = []
     for term in [*_terms(left), *_terms(right)]:
@@ -100,7 +100,7 @@ def compose(left: LinearOperator, right: LinearOperator) -> LinearOperator:
     """``A @ B``."""
     if left.shape[1] != right.shape[0]:
         raise ShapeError(f"cannot multiply operators of shapes {left.shape} and {right.shape}")
-    left, right = _like(left, right), _like(right, left)
+    left, right = adapted(left, right), adapted(right, left)
     _require_same_kind(left, right, "multiply")
     factors: list[LinearOperator] = []
     for factor in [*_factors(left), *_factors(right)]:
@@ -124,16 +124,6 @@ def _terms(operator: LinearOperator) -> tuple[LinearOperator, ...]:
 
 def _factors(operator: LinearOperator) -> tuple[LinearOperator, ...]:
     return operator.factors if isinstance(operator, Product) else (operator,)
-
-
-def _like(operator: LinearOperator, other: LinearOperator) -> LinearOperator:
-    """An identity made without a dtype or device gets those of its partner."""
-    if isinstance(operator, Identity):
-        return operator.like(other)
-    if isinstance(operator, Scaled) and isinstance(operator.operator, Identity):
-        inner = operator.operator.like(other)
-        return operator if inner is operator.operator else Scaled(operator.factor, inner)
-    return operator
 
 
 def _require_same_kind(left: LinearOperator, right: LinearOperator, verb: str) -> None:

@@ -210,14 +210,6 @@ class LinearOperator:
             )
         return x.resolve_conj().resolve_neg()
 
-    def _product(self, X: Tensor, rows: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        """The hook ``apply`` for ``[n]`` or ``[n, k]``; hooks never see an empty block."""
-        if X.dim() == 1:
-            return apply(X.unsqueeze(1)).squeeze(1)
-        if X.shape[1] == 0:
-            return X.new_zeros(rows, 0)
-        return apply(X)
-
     def matmat(self, X: Tensor) -> Tensor:
         """``A @ X`` for a block ``[n, k]``; ``A @ X`` is the same and also takes ``[n]``."""
         if X.dim() != 2:
@@ -233,7 +225,7 @@ class LinearOperator:
     def rmatmat(self, Y: Tensor) -> Tensor:
         """``A^H @ Y`` for ``Y`` of shape ``[m]`` or ``[m, k]``."""
         Y = self._checked(Y, self.shape[0], " (adjoint)")
-        return self._product(Y, self.shape[1], self._rmatmat)
+        return _of_columns(self._rmatmat, Y, self.shape[1])
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, LinearOperator):
@@ -243,7 +235,7 @@ class LinearOperator:
         if not isinstance(other, Tensor):
             return NotImplemented
         x = self._checked(other, self.shape[1], "")
-        return self._product(x, self.shape[0], self._matmat)
+        return _of_columns(self._matmat, x, self.shape[0])
 
     def __rmatmul__(self, other: Any) -> Any:
         if not isinstance(other, Tensor):
@@ -389,30 +381,9 @@ class LinearOperator:
 
     def to_scipy(self) -> ScipyLinearOperator:
         """The same map as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays (CPU copies)."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        from woodbury.operators.scipy_form import scipy_form
 
-        if self.dtype == torch.bfloat16:
-            raise DtypeError("NumPy has no bfloat16; make the operator in float32 for to_scipy()")
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-
-        def wrap(apply: Any) -> Any:
-            def product(x: Any) -> Any:
-                # A copy: SciPy hands out read-only arrays, which torch cannot wrap.
-                tensor = torch.from_numpy(np.array(x, dtype=numpy_dtype)).to(self.device)
-                return apply(tensor).detach().cpu().resolve_conj().numpy()
-
-            return product
-
-        forward, backward = wrap(self.__matmul__), wrap(self.rmatmat)
-        return ScipyOperator(
-            self.shape,
-            matvec=lambda x: forward(x.reshape(-1)),
-            rmatvec=lambda y: backward(y.reshape(-1)),
-            matmat=forward,
-            rmatmat=backward,
-            dtype=numpy_dtype,
-        )
+        return scipy_form(self)
 
     def __repr__(self) -> str:
         tags = f", tags={{{', '.join(sorted(self.tags))}}}" if self.tags else ""
@@ -424,6 +395,15 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
+def _of_columns(apply: Callable[[Tensor], Tensor], X: Tensor, rows: int) -> Tensor:
+    """The hook ``apply`` for ``[n]`` or ``[n, k]``; hooks never see an empty block."""
+    if X.dim() == 1:
+        return apply(X.unsqueeze(1)).squeeze(1)
+    if X.shape[1] == 0:
+        return X.new_zeros(rows, 0)
+    return apply(X)
+
+
 def _is_scalar(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0
@@ -432,6 +412,6 @@ def _is_scalar(value: object) -> bool:
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` as the ``cuda:0`` that tensors report, so that devices can be compared."""
-    if device.type in ("cpu", "meta") or device.index is not None:
+    if device.type in ("cpu", "meta") or ":" in str(device):
         return device
     return torch.empty(0, device=device).device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from woodbury.errors import DtypeError, ShapeError, TagError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.factorization import Factorization, factorize
-from woodbury.operators.tags import inverse_tags, transposed_tags
+from woodbury.operators.tags import Tags, inverse_tags, transposed_tags
 from woodbury.spaces import Space
 
-__all__ = ["Dense", "DenseInverse"]
+__all__ = ["Dense", "DenseInverse", "verify_tags"]
 
 
 class Dense(LinearOperator):
@@ -66,7 +66,7 @@ class Dense(LinearOperator):
         self.matrix = matrix
         self._kept: Factorization | None = None
         if self.tags:
-            _verify_tags(matrix.detach(), self.tags)
+            verify_tags(matrix.detach(), self.tags)
 
     @classmethod
     def _derived(
@@ -177,35 +177,36 @@ class DenseInverse(LinearOperator):
         return self.operator
 
 
-def _verify_tags(matrix: Tensor, tags: frozenset[str]) -> None:
-    if matrix.numel() == 0:
+def verify_tags(matrix: Tensor, tags: Tags) -> None:
+    """Raise :class:`TagError` where a tag is plainly not true of ``[..., n, n]``; see Dense."""
+    if not tags or matrix.numel() == 0:
         return
-    largest = matrix.abs().max()
-    tolerance = torch.finfo(matrix.dtype).eps ** 0.75 * largest
-    for tag, difference in (
-        ("symmetric", lambda: matrix - matrix.mT),
-        ("hermitian", lambda: matrix - matrix.mH),
-        ("lower_triangular", lambda: torch.triu(matrix, 1)),
-        ("upper_triangular", lambda: torch.tril(matrix, -1)),
-    ):
+    tolerance = torch.finfo(matrix.dtype).eps ** 0.75 * matrix.abs().max()
+    for tag, difference in _DIFFERENCES.items():
         if tag not in tags:
             continue
-        wrong = difference().abs()
-        # A NaN is no contradiction here: it is found, and named, by what factorises.
+        wrong = difference(matrix).abs()
+        # A NaN contradicts nothing here: what factorises the matrix finds and names it.
         if bool((wrong > tolerance).any()):
-            row, column = divmod(
-                int(torch.where(wrong > tolerance, wrong, 0).argmax()), len(matrix)
-            )
+            place = tuple((wrong > tolerance).nonzero()[0].tolist())
             raise TagError(
-                f"tagged {tag}, but entry ({row}, {column}) contradicts it by "
-                f"{wrong[row, column].item():.3g} where {tolerance.item():.3g} is rounding; "
-                "drop the tag, or make it true first, for example by (A + A.T) / 2"
+                f"tagged {tag}, but entry {place} contradicts it by {wrong[place].item():.3g} "
+                f"where {tolerance.item():.3g} is rounding; drop the tag, or make it true first"
             )
-    diagonal = torch.diagonal(matrix).real if matrix.dtype.is_complex else torch.diagonal(matrix)
-    for tag, wrong in (
+    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
+    diagonal = diagonal.real if diagonal.dtype.is_complex else diagonal
+    for tag, negative in (
         ("positive_definite", diagonal <= 0),
         ("positive_semidefinite", diagonal < -tolerance),
     ):
-        if tag in tags and bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise TagError(f"tagged {tag}, but diagonal entry {index} is {diagonal[index].item()}")
+        if tag in tags and bool(negative.any()):
+            place = tuple(negative.nonzero()[0].tolist())
+            raise TagError(f"tagged {tag}, but diagonal entry {place} is {diagonal[place].item()}")
+
+
+_DIFFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "symmetric": lambda matrix: matrix - matrix.mT,
+    "hermitian": lambda matrix: matrix - matrix.mH,
+    "lower_triangular": lambda matrix: torch.triu(matrix, 1),
+    "upper_triangular": lambda matrix: torch.tril(matrix, -1),
+}

@@ -11,6 +11,7 @@ One place decides how a dense matrix is factorised and when it counts as singula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,14 @@ from woodbury.errors import NonFiniteError, NotPositiveDefiniteError, SingularEr
 from woodbury.operators.base import real_dtype
 from woodbury.operators.tags import Tags
 
-__all__ = ["Factorization", "factorize", "require_finite", "working_dtype"]
+__all__ = [
+    "Factorization",
+    "factorize",
+    "norm_of_inverse",
+    "precise",
+    "require_finite",
+    "working_dtype",
+]
 
 _HAGER_STEPS = 5
 
@@ -92,6 +100,13 @@ def factorize(matrix: Tensor, tags: Tags) -> Factorization:
     return result
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in float64 (complex128); in float32 on devices that have no float64."""
+    if tensor.device.type == "mps":
+        return tensor.to(torch.complex64 if tensor.dtype.is_complex else torch.float32)
+    return tensor.to(torch.complex128 if tensor.dtype.is_complex else torch.float64)
+
+
 def require_finite(tensor: Tensor, what: str) -> None:
     """Raise :class:`NonFiniteError` at the first NaN or infinity."""
     bad = ~torch.isfinite(tensor.detach())
@@ -143,28 +158,53 @@ def _require_condition(matrix: Tensor, factorization: Factorization) -> None:
 
 
 def _reciprocal_condition(matrix: Tensor, factorization: Factorization) -> Tensor:
-    """``1 / (||A||_1 ||A^-1||_1)`` with Hager's estimate of the latter (Hager 1984, Higham 1988)."""
-    n = matrix.shape[-1]
+    """``1 / (||A||_1 ||A^-1||_1)``, one for each matrix of the stack."""
     work = Factorization(
         factorization.kind, factorization.factor.detach(), factorization.pivots, matrix.dtype
     )
     if factorization.kind == "cholesky":  # only the lower triangle was read
         matrix = torch.tril(matrix) + torch.tril(matrix, -1).mH
-    norm = matrix.abs().sum(-2).amax(-1)
-    x = torch.full((*matrix.shape[:-1], 1), 1.0 / n, dtype=matrix.dtype, device=matrix.device)
-    inverse_norm = torch.zeros_like(norm)
+    inverse_norm = norm_of_inverse(
+        lambda B, adjoint: work.solve(B, adjoint=adjoint),
+        matrix.shape[:-1],
+        matrix.dtype,
+        matrix.device,
+    )
+    return 1 / (matrix.abs().sum(-2).amax(-1) * inverse_norm)
+
+
+def norm_of_inverse(
+    solve: Callable[[Tensor, bool], Tensor],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """An estimate (a lower bound) of ``||A^-1||_1`` from a few solves.
+
+    Args:
+        solve: ``(B, adjoint) -> A^-1 B`` or ``A^-H B`` for ``[..., n, 1]``.
+        shape: ``[..., n]``.
+        dtype: dtype of the solves.
+        device: device of the solves.
+
+    Returns:
+        One number for each matrix of the stack, ``[...]``.
+
+    Source: Hager (1984); Higham (1988), algorithm 2.4, with its alternating test vector, as in
+    LAPACK's ``xLACON``.
+    """
+    n = shape[-1]
+    x = torch.full((*shape, 1), 1.0 / n, dtype=dtype, device=device)
+    norm = torch.zeros(shape[:-1], dtype=real_dtype(dtype), device=device)
     for _ in range(_HAGER_STEPS):
-        y = work.solve(x)
+        y = solve(x, False)
         size = y.abs().sum((-2, -1))
-        if not bool((size > inverse_norm).any()):
+        if not bool((size > norm).any()):
             break
-        inverse_norm = torch.maximum(inverse_norm, size)
-        z = work.solve(torch.where(y == 0, torch.ones_like(y), torch.sgn(y)), adjoint=True)
-        largest = z.abs().argmax(-2, keepdim=True)
-        x = torch.zeros_like(x).scatter_(-2, largest, 1.0)
-    # Alternating vector of LAPACK's xLACON: catches what the iteration can miss.
-    steps = torch.arange(n, dtype=norm.dtype, device=matrix.device)
-    x = ((1 - 2 * (steps % 2)) * (1 + steps / max(n - 1, 1))).to(matrix.dtype)
-    y = work.solve(x.unsqueeze(-1).expand(*matrix.shape[:-1], 1))
-    inverse_norm = torch.maximum(inverse_norm, 2 * y.abs().sum((-2, -1)) / (3 * n))
-    return 1 / (norm * inverse_norm)
+        norm = torch.maximum(norm, size)
+        z = solve(torch.where(y == 0, torch.ones_like(y), torch.sgn(y)), True)
+        x = torch.zeros_like(x).scatter_(-2, z.abs().argmax(-2, keepdim=True), 1.0)
+    steps = torch.arange(n, dtype=norm.dtype, device=device)
+    x = ((1 - 2 * (steps % 2)) * (1 + steps / max(n - 1, 1))).to(dtype)
+    y = solve(x.unsqueeze(-1).expand(*shape, 1), False)
+    return torch.maximum(norm, 2 * y.abs().sum((-2, -1)) / (3 * n))

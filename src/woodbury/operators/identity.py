@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from woodbury.errors import ShapeError
+from woodbury.errors import DeviceError, DtypeError, ShapeError
 from woodbury.operators.base import LinearOperator, real_dtype
 from woodbury.spaces import Space
 
@@ -109,3 +111,27 @@ def multiple_of_identity(operator: LinearOperator) -> complex | Tensor | None:
     if isinstance(operator, Scaled) and isinstance(operator.operator, Identity):
         return operator.factor
     return None
+
+
+def adapted(operator: LinearOperator, other: LinearOperator) -> LinearOperator:
+    """The operator; if it is (a multiple of) an identity made open, of ``other``'s kind."""
+    from woodbury.operators.scaled import Scaled
+
+    if isinstance(operator, Identity):
+        return operator.like(other)
+    if isinstance(operator, Scaled) and isinstance(operator.operator, Identity):
+        inner = operator.operator.like(other)
+        return operator if inner is operator.operator else Scaled(operator.factor, inner)
+    return operator
+
+
+def same_kind(operators: Sequence[LinearOperator]) -> tuple[LinearOperator, ...]:
+    """The operators of one dtype and device; identities made open adapt to the others."""
+    lead = next((op for op in operators if multiple_of_identity(op) is None), operators[0])
+    fitted = tuple(adapted(op, lead) for op in operators)
+    for op in fitted:
+        if op.dtype != lead.dtype:
+            raise DtypeError(f"operators of {lead.dtype} and {op.dtype}; make them of one dtype")
+        if op.device != lead.device:
+            raise DeviceError(f"operators on {lead.device} and {op.device}; move them to one")
+    return fitted

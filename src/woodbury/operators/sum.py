@@ -100,7 +100,12 @@ def common_space(spaces: Sequence[Space]) -> Space:
 
 
 def _is_dense(operator: LinearOperator) -> bool:
-    from woodbury.operators.dense import Dense
+    from woodbury.operators.dense import Dense, DenseInverse
+    from woodbury.operators.low_rank_update import LowRankUpdate
     from woodbury.operators.scaled import Scaled
 
-    return isinstance(operator.operator if isinstance(operator, Scaled) else operator, Dense)
+    if isinstance(operator, Scaled):
+        return _is_dense(operator.operator)
+    if isinstance(operator, LowRankUpdate):
+        return _is_dense(operator.base)
+    return isinstance(operator, (Dense, DenseInverse))
