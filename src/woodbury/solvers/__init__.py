@@ -1,1 +1,32 @@
-"""Room."""
+"""Recipes for ``A^-1 b`` and what they return."""
+
+from woodbury.solvers.cg import CG
+from woodbury.solvers.cholesky import Cholesky
+from woodbury.solvers.eigh import Eigh
+from woodbury.solvers.inverse import InverseOperator, inverse
+from woodbury.solvers.lu import LU
+from woodbury.solvers.neumann import Neumann
+from woodbury.solvers.nystrom import Nystrom
+from woodbury.solvers.recipe import Recipe, State
+from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
+from woodbury.solvers.solve import SolveWarning, solve
+from woodbury.solvers.structural import Structural
+
+__all__ = [
+    "CG",
+    "LU",
+    "Cholesky",
+    "Eigh",
+    "InverseOperator",
+    "Neumann",
+    "Nystrom",
+    "Recipe",
+    "Solution",
+    "SolveReport",
+    "SolveStatus",
+    "SolveWarning",
+    "State",
+    "Structural",
+    "inverse",
+    "solve",
+]

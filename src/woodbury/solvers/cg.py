@@ -1,0 +1,378 @@
+"""Conjugate gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from woodbury.errors import ArgumentError, DeviceError, DtypeError, ShapeError, TagError
+from woodbury.operators.base import LinearOperator
+from woodbury.solvers.columns import add_columns, dots, norms, take
+from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
+from woodbury.solvers.solution import SolveStatus
+
+if TYPE_CHECKING:
+    from woodbury.spaces import Space
+
+__all__ = ["CG", "CGState"]
+
+
+@dataclass(frozen=True, eq=False)
+class CGState(State):
+    """The preconditioner, ready to be multiplied by."""
+
+    preconditioner: LinearOperator | None
+
+
+@dataclass(frozen=True)
+class CG(Recipe):
+    r"""Conjugate gradients for a hermitian positive definite operator.
+
+    Step $i$ minimises the error $\|x_i - A^{-1}b\|_A$ over $x_0 + \mathcal{K}_i(MA, M r_0)$:
+    $\alpha = \langle r, z\rangle / \langle p, Ap\rangle$, $x \mathrel{+}= \alpha p$,
+    $r \mathrel{-}= \alpha A p$, $z = M r$, $\beta = \langle r, z\rangle_{new} / \langle r,
+    z\rangle_{old}$, $p = z + \beta p$.
+
+    The columns of a block share each product and leave the block as they converge. When the
+    recurrence claims convergence the true residual is computed; where rounding has let the two
+    drift apart the iteration goes on, or starts again from the iterate it has. If it fails, the
+    last iterate is returned: it is the best in the norm that the method minimises,
+    $\|x - A^{-1}b\|_A$ (and lowers $\tfrac12 x^H A x - \Re\, b^H x$ from step to step even where
+    ``A`` turns out indefinite), while its residual may be larger than one met before. After a
+    breakdown, where that norm means nothing, it is the iterate with the smallest residual.
+
+    Args:
+        rtol: converged when $\|b - A x\| \le$ ``rtol`` $\|b\|$.
+        atol: or when $\|b - A x\| \le$ ``atol``.
+        max_steps: limit of steps; default ``10 n``.
+        preconditioner: $M \approx A^{-1}$, hermitian positive definite: an operator, or a recipe
+            that prepares one (``Nystrom(rank=20)``).
+
+    Raises:
+        TagError: the operator or the preconditioner is not known to be hermitian. Whether they are
+            positive definite is found out on the way, and is a status.
+        ArgumentError: a tolerance or limit is negative or not a number.
+
+    Cost: one product, and one with the preconditioner, per step; one more product to start from
+    ``x0`` and one for the true residual. Memory of 5 blocks ``[n, k]``.
+
+    Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems"
+    (1952); van der Vorst and Ye, "Residual replacement strategies" (2000) for the drift.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, Diagonal, solve
+        >>> A = Diagonal(torch.linspace(1.0, 10.0, 100), tags={"positive_definite"})
+        >>> solution = solve(A, torch.ones(100), CG(rtol=1e-5), history=True)
+        >>> solution.ok, bool(solution.residual <= 1e-5)
+        (True, True)
+        >>> len(solution.history) == solution.steps + 1
+        True
+    """
+
+    rtol: float = 1e-6
+    atol: float = 0.0
+    max_steps: int | None = None
+    preconditioner: LinearOperator | Recipe | None = None
+
+    needs: ClassVar[tuple[str, ...]] = ("hermitian",)
+
+    def __post_init__(self) -> None:
+        for name, size in (("rtol", self.rtol), ("atol", self.atol)):
+            if not 0 <= size < math.inf:
+                raise ArgumentError(f"{name} is {size}; it must be a number >= 0")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ArgumentError(f"max_steps is {self.max_steps}; it must be >= 0")
+
+    def _prepare(self, A: LinearOperator) -> CGState:
+        M = self.preconditioner
+        products = 0
+        if isinstance(M, Recipe):
+            inner = M.prepare(A)
+            products = inner.products
+            M = M.as_preconditioner(A, inner)
+        if M is not None:
+            _check_preconditioner(M, A)
+        return CGState.of(self, A, products, preconditioner=M)
+
+    def _run(self, problem: Problem, state: CGState) -> Outcome:
+        limit = 10 * problem.A.shape[0] if self.max_steps is None else self.max_steps
+        loop = _Loop(problem, state.preconditioner, problem.tolerances(self.rtol, self.atol))
+        return loop.run(limit)
+
+
+def _check_preconditioner(M: LinearOperator, A: LinearOperator) -> None:
+    if M.shape != A.shape:
+        raise ShapeError(f"the preconditioner has shape {M.shape}, the operator {A.shape}")
+    if M.dtype != A.dtype:
+        raise DtypeError(f"the preconditioner is {M.dtype}, the operator {A.dtype}")
+    if M.device != A.device:
+        raise DeviceError(f"the preconditioner is on {M.device}, the operator on {A.device}")
+    if "hermitian" not in M.tags:
+        raise TagError(
+            f"the preconditioner {type(M).__name__} has tags {sorted(M.tags)}; CG needs one that "
+            "is hermitian positive definite: promise 'positive_definite' where it is made"
+        )
+
+
+class _Column:
+    """The scalar recurrences of one right-hand side."""
+
+    def __init__(self, index: int, tolerance: float, norm: float, eps: float) -> None:
+        self.index = index
+        self.tolerance = tolerance
+        self.target = tolerance  # what the norm of the recurrence has to reach
+        self.norm = self.best = norm  # of the residual by the recurrence: now, and the smallest
+        self.claimed = math.inf  # true residual at the last restart
+        self.eps = eps
+        self.rz = math.nan
+        self.metric = math.nan  # <p, M^-1 p>
+        self.top = 0.0  # largest curvature <p, A p> / <p, M^-1 p> so far
+        self.beta = 0.0
+        self.restart = True
+        self.status: SolveStatus | None = None
+        self.steps = 0
+        self.residual: float | None = None  # true residual of what is returned
+
+    def direct(self, rz: float) -> bool:
+        """Take <r, z> of the new residual and find beta; returns whether that ends the column."""
+        if not 0 < rz < math.inf:
+            self.status = (
+                SolveStatus.indefinite_preconditioner
+                if math.isfinite(rz)
+                else SolveStatus.non_finite
+            )
+            return True
+        if self.restart:
+            self.beta, self.metric, self.restart = 0.0, rz, False
+        else:
+            self.beta = rz / self.rz
+            # r is orthogonal to the last p, so the norms of z and beta p in M^-1 add up.
+            self.metric = rz + self.beta**2 * self.metric
+        self.rz = rz
+        return False
+
+    def length(self, curvature: float) -> float:
+        """The step length from <p, A p>; 0 with a status where there is none."""
+        ratio = curvature / self.metric
+        noise = self.eps * self.top
+        if noise < ratio < math.inf:
+            if ratio > self.top:
+                self.top = ratio
+            length = self.rz / curvature
+            if length < math.inf:
+                return length
+        if not math.isfinite(ratio):
+            self.status = SolveStatus.non_finite
+        elif ratio < -noise:
+            self.status = SolveStatus.negative_curvature
+        else:
+            self.status = SolveStatus.breakdown
+        return 0.0
+
+    def advance(self, norm: float) -> bool:
+        """Take the norm of the new residual; returns whether it rises from the smallest so far."""
+        if not norm < math.inf:
+            self.status, self.residual = SolveStatus.non_finite, None
+            return False
+        rising = self.norm == self.best < norm
+        self.steps += 1
+        self.norm, self.residual = norm, None
+        if norm < self.best:
+            self.best = norm
+        return rising
+
+    def verify(self, true: float, gap: float) -> None:
+        """Take the true residual and its distance from that of the recurrence."""
+        if true <= self.tolerance:
+            self.status, self.residual = SolveStatus.converged, true
+        elif gap < 0.9 * self.tolerance:
+            self.target = self.tolerance - gap  # a few steps more will do
+        elif true > 0.5 * self.claimed:
+            self.status, self.residual = SolveStatus.stagnation, true
+        else:
+            self.claimed = self.best = self.norm = true
+            self.target, self.restart = self.tolerance, True
+
+
+class _Loop:
+    """The block recurrences: tensors hold the running columns only."""
+
+    def __init__(
+        self, problem: Problem, M: LinearOperator | None, tolerances: Sequence[float]
+    ) -> None:
+        self.problem = problem
+        self.space: Space = problem.A.space
+        self.precondition: Callable[[Tensor], Tensor] | None = None
+        if M is not None:
+            self.precondition = lambda R: (M @ R.to(M.dtype)).to(R.dtype)
+        self.X, self.R = problem.start()
+        self.P = self.X  # replaced by the first direction
+        eps = torch.finfo(self.X.dtype).eps
+        known = problem.b_norms if problem.x0 is None else norms(self.space, self.R)
+        self.columns = [
+            _Column(j, tolerance, norm, eps)
+            for j, (tolerance, norm) in enumerate(zip(tolerances, known, strict=True))
+        ]
+        self.all_columns = list(self.columns)
+        for column in self.columns:
+            column.residual = column.norm  # true at the start
+            if not math.isfinite(column.norm):
+                column.status = SolveStatus.non_finite
+            elif column.norm <= column.tolerance:
+                column.status = SolveStatus.converged
+        self.value = torch.zeros_like(self.X)
+        self.best: Tensor | None = None
+        self.silent = problem.silent
+        self.info: dict[str, Any] = {}
+
+    def run(self, limit: int) -> Outcome:
+        step = 0
+        self.note(step)
+        self.leave()
+        while self.columns and step < limit:
+            self.turn()
+            if not self.columns:
+                break
+            self.advance()
+            step += 1
+            self.note(step)
+        for column in self.columns:
+            column.status = SolveStatus.max_steps
+        self.leave()
+        return self.outcome()
+
+    def turn(self) -> None:
+        """New directions from the residuals."""
+        if self.precondition is None:
+            Z, rz = self.R, [column.norm**2 for column in self.columns]
+        else:
+            Z = self.precondition(self.R)
+            rz = dots(self.space, self.R, Z)
+        fresh = self.columns[0].restart and all(column.restart for column in self.columns)
+        ended = False
+        for j, column in enumerate(self.columns):
+            ended = column.direct(rz[j]) or ended
+        if fresh:
+            self.P = Z.clone() if Z is self.R else Z
+        else:
+            betas = [column.beta for column in self.columns]
+            self.P = add_columns(Z, betas, self.P, out=self.P)
+        if ended:
+            self.leave()
+
+    def advance(self) -> None:
+        """One product, one step along each direction, and what is to be done about its result."""
+        Q = self.problem.product(self.P)
+        curvatures = dots(self.space, self.P, Q)
+        lengths = [c.length(curvatures[j]) for j, c in enumerate(self.columns)]
+        if 0.0 in lengths:
+            self.note_curvature(curvatures)
+            keep = self.leave()
+            if not self.columns:
+                return
+            Q, lengths = take(Q, keep), [lengths[j] for j in keep]
+        add_columns(self.R, [-length for length in lengths], Q, out=self.R)
+        now = norms(self.space, self.R)
+        rising, claims, ended = [], [], False
+        for j, column in enumerate(self.columns):
+            if column.advance(now[j]):
+                rising.append(j)
+            elif column.norm <= column.target:
+                claims.append(j)
+            if column.status is not None:
+                ended, lengths[j] = True, 0.0  # the iterate stays what it was
+        if rising:
+            self.keep_best(rising)
+        add_columns(self.X, lengths, self.P, out=self.X)
+        if claims:
+            self.verify(claims)
+        if claims or ended:
+            self.leave()
+
+    def keep_best(self, rising: Sequence[int]) -> None:
+        """Keep the iterate of smallest residual, in case the curvature vanishes further on."""
+        if self.best is None:
+            self.best = torch.zeros_like(self.value)
+        if self.value.dim() == 1:
+            self.best.copy_(self.X)
+        else:
+            self.best[:, [self.columns[j].index for j in rising]] = take(self.X, rising)
+
+    def verify(self, claims: list[int]) -> None:
+        """Compute the true residual of the columns that claim to have converged."""
+        if self.value.dim() == 1:
+            true = self.problem.residual(self.X)
+            gap = true - self.R
+        else:
+            true = self.problem.residual(
+                take(self.X, claims), [self.columns[j].index for j in claims]
+            )
+            gap = true - take(self.R, claims)
+        found = zip(norms(self.space, true), norms(self.space, gap), strict=True)
+        for position, (j, (norm, distance)) in enumerate(zip(claims, found, strict=True)):
+            column = self.columns[j]
+            column.verify(norm, distance)
+            if column.restart:
+                _column(self.R, j).copy_(_column(true, position))
+
+    def note_curvature(self, curvatures: Sequence[float]) -> None:
+        """Keep the first direction of negative curvature, normalised."""
+        for j, column in enumerate(self.columns):
+            if column.status is SolveStatus.negative_curvature and "column" not in self.info:
+                p = self.P if self.P.dim() == 1 else self.P[:, j].contiguous()
+                norm = norms(self.space, p)[0]
+                self.info["column"] = column.index
+                self.info["curvature"] = curvatures[j] / norm**2
+                self.info["direction"] = p / norm
+
+    def leave(self) -> list[int]:
+        """Take the columns that have a status out of the block; returns those kept."""
+        keep = [j for j, column in enumerate(self.columns) if column.status is None]
+        if len(keep) == len(self.columns):
+            return keep
+        for j, column in enumerate(self.columns):
+            if column.status is None:
+                continue
+            source = _column(self.X, j)
+            if column.status is SolveStatus.breakdown and column.best < column.norm:
+                assert self.best is not None  # kept when the residual rose
+                source, column.residual = _column(self.best, column.index), None
+            _column(self.value, column.index).copy_(source)
+        self.columns = [self.columns[j] for j in keep]
+        if keep:
+            self.X, self.R, self.P = (take(T, keep) for T in (self.X, self.R, self.P))
+        return keep
+
+    def note(self, step: int) -> None:
+        if self.silent:
+            return
+        self.problem.note(step, [column.norm for column in self.all_columns])
+
+    def outcome(self) -> Outcome:
+        """The value with true residuals, computed for the columns where it is not known yet."""
+        columns = self.all_columns
+        unknown = [c.index for c in columns if c.residual is None]
+        if unknown:
+            X = self.value if self.value.dim() == 1 else take(self.value, unknown)
+            found = norms(self.space, self.problem.residual(X, unknown))
+            for j, norm in zip(unknown, found, strict=True):
+                columns[j].residual = norm
+        self.info["column_steps"] = [column.steps for column in columns]
+        return Outcome(
+            self.value,
+            [column.status or SolveStatus.max_steps for column in columns],
+            steps=max(column.steps for column in columns),
+            residuals=[math.nan if c.residual is None else c.residual for c in columns],
+            info=self.info,
+        )
+
+
+def _column(X: Tensor, j: int) -> Tensor:
+    """A view of one column."""
+    return X if X.dim() == 1 else X[:, j]

@@ -1,0 +1,376 @@
+"""``solve(A, b, recipe)``: checks, the recipe's work, the certificate, the failure policy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from woodbury.errors import (
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    SingularError,
+    SolveError,
+    TagError,
+)
+from woodbury.operators.base import LinearOperator
+from woodbury.solvers.cg import CG
+from woodbury.solvers.checks import check_state, check_system, largest_entries
+from woodbury.solvers.cholesky import Cholesky
+from woodbury.solvers.columns import norms
+from woodbury.solvers.eigh import Eigh
+from woodbury.solvers.lu import LU
+from woodbury.solvers.recipe import Outcome, Problem, Progress, Recipe, State, work_dtype
+from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
+from woodbury.solvers.structural import Structural
+
+__all__ = ["OnFailure", "SolveWarning", "default_recipe", "solve", "solve_with_policy"]
+
+OnFailure = Literal["raise", "warn", "nan", "ignore"]
+
+# Up to this size the matrix is formed and factorised in well under a second.
+SMALL = 2000
+
+_FACTORISATION_FAILURES: dict[type[Exception], SolveStatus] = {
+    NotPositiveDefiniteError: SolveStatus.not_positive_definite,
+    SingularError: SolveStatus.singular,
+    NonFiniteError: SolveStatus.non_finite,
+}
+
+
+class SolveWarning(RuntimeWarning):
+    """A solve failed and its caller had asked to be warned only."""
+
+
+def solve(
+    A: LinearOperator,
+    b: Tensor,
+    recipe: Recipe | None = None,
+    *,
+    x0: Tensor | None = None,
+    state: State | None = None,
+    throw: bool = True,
+    history: bool = False,
+    progress: Progress | None = None,
+    report: SolveReport | None = None,
+) -> Solution:
+    r"""Solve $A x = b$ and say how well: $\|b - A x\| / \|b\|$ is recomputed for every answer.
+
+    The value is differentiable with respect to ``b``, to any order: the backward pass solves with
+    ``A.H`` by the same recipe and state. There, too, a failure raises (``throw=True``) or warns.
+
+    Args:
+        A: square operator ``[n, n]``.
+        b: right-hand side ``[n]``, or a block of them ``[n, k]``, of the operator's dtype and
+            device.
+        recipe: how to solve. By default the operator's own inverse where its structure has one;
+            then up to 2,000 rows :class:`Cholesky`, :class:`Eigh` or :class:`LU`, as the tags
+            allow; beyond, :class:`CG` for positive (semi)definite operators.
+        x0: first iterate, of the shape of ``b``; zero by default.
+        state: what ``recipe.prepare`` or an earlier ``solution.state`` holds; made if not given.
+        throw: raise if the solve fails; otherwise the best iterate is returned with its status.
+        history: keep the residual after each step.
+        progress: called after each step with its number and the largest relative residual.
+        report: receives the solution, and those of backward passes.
+
+    Returns:
+        A :class:`Solution`: value, status, residual, cost.
+
+    Raises:
+        SolveError: the recipe did not reach what it promises, and ``throw`` is true; the error
+            holds the solution.
+        NotPositiveDefiniteError: a factorisation needs it, and ``throw`` is true.
+        SingularError: the recipe cannot do with a singular operator, and ``throw`` is true.
+        NonFiniteError: ``b`` or ``x0`` holds NaN or infinity.
+        ShapeError: shapes do not match.
+        DtypeError: dtypes do not match; nothing is promoted.
+        DeviceError: devices do not match.
+        TagError: the recipe relies on a tag that the operator does not have.
+        GradientError: a gradient is asked for that does not exist: with respect to ``x0``, or to
+            tensors that the operator is made of.
+
+    Cost: that of the recipe, and one product for the residual where the recipe has not taken it.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, Dense, solve
+        >>> A = Dense(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), tags={"positive_definite"})
+        >>> solve(A, torch.tensor([1.0, 2.0]), CG(rtol=1e-6))
+        Solution(converged, residual=..., steps=2, products=3, value=[2] torch.float32,
+        recipe=CG(rtol=1e-06, atol=0.0, max_steps=None, preconditioner=None))
+    """
+    return solve_with_policy(
+        A,
+        b,
+        recipe,
+        x0=x0,
+        state=state,
+        on_failure="raise" if throw else "ignore",
+        backward="raise" if throw else "warn",
+        history=history,
+        progress=progress,
+        report=report,
+    )
+
+
+def solve_with_policy(
+    A: LinearOperator,
+    b: Tensor,
+    recipe: Recipe | None,
+    *,
+    on_failure: OnFailure,
+    backward: OnFailure,
+    x0: Tensor | None = None,
+    state: State | None = None,
+    history: bool = False,
+    progress: Progress | None = None,
+    report: SolveReport | None = None,
+) -> Solution:
+    """:func:`solve`, with one policy for its own failure and one for those of backward passes."""
+    check_system(A, b, x0)
+    if recipe is None:
+        recipe = default_recipe(A) if state is None else state.recipe
+    recipe.check(A)
+    if state is not None:
+        check_state(state, recipe, A)
+    watched = torch.is_grad_enabled()
+    wants_gradient = watched and b.requires_grad
+    with torch.no_grad():
+        solution = _solve_block(
+            A,
+            b.detach(),
+            recipe,
+            x0,
+            state,
+            on_failure,
+            _Watch(watched, history, progress),
+        )
+    if report is not None:
+        report.add(solution)
+    solution = _apply_policy(solution, on_failure)
+    if not wants_gradient:
+        return solution
+
+    def pull_back(g: Tensor) -> Tensor:
+        # With grad mode on inside a backward pass (create_graph) this solve is differentiable too.
+        adjoint_state = None
+        if solution.state is not None:
+            adjoint_state = recipe.adjoint_state(A, solution.state)
+        return solve_with_policy(
+            A.H,
+            g.resolve_conj(),
+            recipe,
+            state=adjoint_state,
+            on_failure=backward,
+            backward=backward,
+            report=report,
+        ).value
+
+    value: Tensor = _WithGradient.apply(b, solution.value, pull_back)
+    return replace(solution, value=value)
+
+
+class _Watch:
+    """What a solve is asked to do besides solving."""
+
+    def __init__(self, gradient: bool, history: bool, progress: Progress | None) -> None:
+        self.gradient, self.history, self.progress = gradient, history, progress
+
+
+class _WithGradient(torch.autograd.Function):
+    """``value`` as a linear function of ``b`` whose adjoint is ``pull_back``."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, value: Tensor, pull_back: Any) -> Tensor:
+        ctx.pull_back = pull_back
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull_back(grads[0].contiguous()), None, None
+
+
+def default_recipe(A: LinearOperator) -> Recipe:
+    """The recipe for an operator about which nothing but tags and size is known.
+
+    Raises:
+        TagError: the operator is large, has no structure and is not known to be positive definite.
+    """
+    if A.has_inverse:
+        return Structural()
+    if A.shape[0] <= SMALL:
+        if "positive_definite" in A.tags:
+            return Cholesky()
+        return Eigh() if "hermitian" in A.tags else LU()
+    if "positive_semidefinite" in A.tags:
+        return CG()
+    raise TagError(
+        f"no default recipe for {type(A).__name__} of size {A.shape[0]} with tags "
+        f"{sorted(A.tags)}: promise 'positive_definite' where the operator is made if it holds, or "
+        "name a recipe: Eigh() or LU() form the matrix, CG() finds negative curvature if there is"
+    )
+
+
+def _solve_block(
+    A: LinearOperator,
+    b: Tensor,
+    recipe: Recipe,
+    x0: Tensor | None,
+    state: State | None,
+    on_failure: OnFailure,
+    watch: _Watch,
+) -> Solution:
+    block = b.dim() == 2
+    B = b if block else b.unsqueeze(1)
+    X0 = x0 if x0 is None or block else x0.unsqueeze(1)
+    k = B.shape[1]
+    largest = largest_entries(B, "b")
+    if X0 is not None:
+        largest_entries(X0, "x0")
+    active = [j for j, size in enumerate(largest) if size > 0]
+    prepared = 0
+    if active and state is None:
+        try:
+            state = recipe.prepare(A)
+        except tuple(_FACTORISATION_FAILURES) as error:
+            if on_failure == "raise":
+                raise
+            return _unprepared(b, recipe, _FACTORISATION_FAILURES[type(error)])
+        prepared = state.products
+    work = work_dtype(A.dtype)
+    value = torch.zeros(B.shape, dtype=work, device=B.device)
+    statuses = [SolveStatus.converged] * k
+    residual = torch.zeros(k, dtype=torch.float64)
+    outcome = Outcome(value, statuses)
+    products, history = 0, None
+    if active:
+        assert state is not None  # prepared above
+        problem = _problem(A, B, X0, active, largest, work, watch)
+        outcome = recipe._run(problem, state)
+        scales = torch.tensor(problem.scales, dtype=work, device=B.device)
+        X = outcome.value if outcome.value.dim() == 2 else outcome.value.unsqueeze(1)
+        X = X if all(scale == 1 for scale in problem.scales) else X * scales
+        value = X if len(active) == k else value.index_copy(1, _index(active, B.device), X)
+        residual[active] = _true_residuals(problem, outcome)
+        for j, status in zip(active, outcome.statuses, strict=True):
+            statuses[j] = status
+        products = problem.products
+        history = _history(problem, active, k)
+    elif watch.history:
+        history = torch.zeros(1, k, dtype=torch.float64)
+    value = value.to(A.dtype)
+    if history is not None and not block:
+        history = history.squeeze(1)
+    return Solution(
+        value=value if block else value.squeeze(1),
+        status=SolveStatus.worst(statuses),
+        residual=residual if block else residual[0],
+        steps=outcome.steps,
+        products=products + prepared,
+        recipe=recipe,
+        state=state,
+        column_status=tuple(statuses) if block else None,
+        history=history,
+        info=outcome.info,
+    )
+
+
+def _problem(
+    A: LinearOperator,
+    B: Tensor,
+    X0: Tensor | None,
+    active: Sequence[int],
+    largest: Sequence[float],
+    work: torch.dtype,
+    watch: _Watch,
+) -> Problem:
+    """The columns that are not zero, scaled where their squares would leave the dtype's range."""
+    if len(active) < B.shape[1]:
+        B = B[:, list(active)]
+        X0 = None if X0 is None else X0[:, list(active)]
+    limit = math.sqrt(torch.finfo(work).max) ** 0.5
+    sizes = [largest[j] for j in active]
+    safe = [1 / limit <= size <= limit for size in sizes]
+    # Powers of two, so that scaling rounds nothing.
+    scales = [1.0 if ok else 2.0 ** round(math.log2(s)) for ok, s in zip(safe, sizes, strict=True)]
+    B = B.to(work)
+    X0 = None if X0 is None else X0.to(work)
+    if not all(safe):
+        factors = torch.tensor(scales, dtype=torch.float64, device=B.device)
+        B = (B.to(_wide(work)) / factors).to(work)
+        X0 = None if X0 is None else (X0.to(_wide(work)) / factors).to(work)
+    if len(active) == 1:
+        B = B.squeeze(1)
+        X0 = None if X0 is None else X0.squeeze(1)
+    return Problem(
+        A,
+        B.contiguous(),
+        None if X0 is None else X0.contiguous(),
+        scales=scales,
+        watch_gradient=watch.gradient,
+        progress=watch.progress,
+        history=[] if watch.history else None,
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _index(columns: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(columns), device=device)
+
+
+def _true_residuals(problem: Problem, outcome: Outcome) -> Tensor:
+    found = outcome.residuals
+    # The residual is that of the value as it is returned, rounded to the operator's dtype.
+    rounded = outcome.value.to(problem.A.dtype).to(outcome.value.dtype)
+    if found is None or rounded.dtype != problem.A.dtype:
+        found = norms(problem.A.space, problem.residual(rounded))
+    pairs = zip(found, problem.b_norms, strict=True)
+    return torch.tensor([r / norm for r, norm in pairs], dtype=torch.float64)
+
+
+def _history(problem: Problem, active: Sequence[int], k: int) -> Tensor | None:
+    if problem.history is None:
+        return None
+    found = torch.zeros(len(problem.history), k, dtype=torch.float64)
+    if problem.history:
+        found[:, list(active)] = torch.tensor(problem.history, dtype=torch.float64)
+    return found
+
+
+def _unprepared(b: Tensor, recipe: Recipe, status: SolveStatus) -> Solution:
+    """A factorisation failed: there is no value, and zeros would look like one."""
+    block = b.dim() == 2
+    nan = torch.full(b.shape[1:], math.nan, dtype=torch.float64)
+    return Solution(
+        value=torch.full_like(b, math.nan),
+        status=status,
+        residual=nan,
+        steps=0,
+        products=0,
+        recipe=recipe,
+        column_status=(status,) * b.shape[1] if block else None,
+    )
+
+
+def _apply_policy(solution: Solution, on_failure: OnFailure) -> Solution:
+    if solution.ok or on_failure == "ignore":
+        return solution
+    if on_failure == "raise":
+        raise SolveError(solution.message(), solution)
+    if on_failure == "warn":
+        warnings.warn(solution.message(), SolveWarning, stacklevel=5)
+        return solution
+    bad = (
+        torch.ones((), dtype=torch.bool)
+        if solution.column_status is None
+        else torch.tensor([not status.ok for status in solution.column_status])
+    ).to(solution.value.device)
+    return replace(solution, value=solution.value.masked_fill(bad, math.nan))
