@@ -205,8 +205,8 @@ def verify_tags(matrix: Tensor, tags: Tags) -> None:
 
 
 _DIFFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "symmetric": lambda matrix: matrix - matrix.mT,
-    "hermitian": lambda matrix: matrix - matrix.mH,
     "lower_triangular": lambda matrix: torch.triu(matrix, 1),
     "upper_triangular": lambda matrix: torch.tril(matrix, -1),
+    "symmetric": lambda matrix: matrix - matrix.mT,
+    "hermitian": lambda matrix: matrix - matrix.mH,
 }
