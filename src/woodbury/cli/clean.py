@@ -43,7 +43,8 @@ def clean(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="COLUMN", help="Column to read as text (may be repeated). Others are recognised."
+            metavar="COLUMN",
+            help="Column to read as text (may be repeated). others are recognized.",
         ),
     ] = None,
     task: Annotated[

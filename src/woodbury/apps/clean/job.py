@@ -149,6 +149,8 @@ def clean(
     settings = Settings.check(
         label=label, text=text, task=task, model=model, seed=seed, budget=budget, format=format
     )
+    if isinstance(trusted, str | Path) and not Path(trusted).is_file():
+        raise DataError(f"There is no file {trusted} (--trusted). Check the spelling.")
     folder = RunFolder.open(Path(out), resume) if out is not None else None
     forward = progress if callable(progress) else None
     with Display(forward=forward, quiet=not progress or forward is not None) as display:
@@ -281,9 +283,7 @@ def _write(
     result.folder = folder.path
     wanted = "parquet" if result.table.kind == "parquet" else "csv"
     rows_format = wanted if settings.format == "auto" else settings.format
-    cleaned = write_cleaned(
-        result.table, Correction(result.rows), folder.path, settings.format
-    )
+    cleaned = write_cleaned(result.table, Correction(result.rows), folder.path, settings.format)
     files = {"rows": write_rows(result.rows, folder.path, rows_format), "cleaned": cleaned}
     files |= {"summary": folder.path / "summary.json", "report": folder.path / "report.html"}
     result.summary["files"] = {name: path.name for name, path in files.items()}

@@ -47,8 +47,9 @@ def calibration(
     return error, table
 
 
-def score(probability: np.ndarray, suggested: np.ndarray, truth: np.ndarray, given: np.ndarray
-          ) -> dict[str, Any]:
+def score(
+    probability: np.ndarray, suggested: np.ndarray, truth: np.ndarray, given: np.ndarray
+) -> dict[str, Any]:
     """Compare suspects with the truth.
 
     Args:

@@ -29,33 +29,35 @@ class Correction:
     """Which labels are replaced, and by what.
 
     Attributes:
+        rows: the frame :func:`build_rows` made.
         changed: rows whose label is replaced, bool ``[n]``.
-        suggested: suggested labels in the user's terms ``[n]``, None where a row has no label.
     """
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        probability = rows["error_probability"].to_numpy()
-        self.suggested = rows["suggested_label"].to_numpy()
-        differs = rows["label"].to_numpy(dtype=object) != self.suggested.astype(object)
-        self.changed = (probability > SUSPECT) & differs
+        self.rows = rows
+        self._suggested = rows["suggested_label"].to_numpy(dtype=object)
+        differs = rows["label"].to_numpy(dtype=object) != self._suggested
+        self.changed = (rows["error_probability"].to_numpy() > SUSPECT) & differs
 
     def apply(self, column: pd.Series) -> pd.Series:
-        """The label column with the suggestions in place, its type kept where it can be."""
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(column.cat.categories.dtype)
-        values = column.to_numpy(dtype=object).copy()
-        values[self.changed] = self.suggested[self.changed]
-        fixed = pd.Series(values, index=column.index, name=column.name, dtype=object)
-        fixed = fixed.infer_objects()
-        if pd.api.types.is_bool_dtype(column.dtype):
-            return fixed.map(lambda value: value in (True, "True")).astype(bool)
-        if pd.api.types.is_integer_dtype(column.dtype) and fixed.dtype.kind == "f":
-            return fixed  # predicted quantities are fractions; rounding would hide them
-        return fixed.astype(column.dtype) if fixed.dtype == object else fixed
+        """The label column with the suggestions in place.
+
+        A class is written as some row of the column writes it, so its type stays; a quantity
+        becomes float64.
+        """
+        fixed = column.copy()
+        places = np.flatnonzero(self.changed)
+        written = dict(zip(self.rows["label"], column, strict=True))
+        if all(self._suggested[i] in written for i in places):
+            fixed.iloc[places] = [written[self._suggested[i]] for i in places]
+            return fixed
+        numbers = pd.to_numeric(fixed).to_numpy(dtype=np.float64, copy=True)
+        numbers[places] = self._suggested[places]
+        return pd.Series(numbers, index=column.index, name=column.name)
 
     def texts(self) -> dict[int, str]:
         """New text of the changed cells by row number."""
-        return {int(i): cell_text(self.suggested[i]) for i in np.flatnonzero(self.changed)}
+        return {int(i): cell_text(self._suggested[i]) for i in np.flatnonzero(self.changed)}
 
 
 def cell_text(value: Any) -> str:
@@ -99,11 +101,10 @@ def build_rows(
         frame["suggested_label"] = padded
     rounded = np.clip(np.round(probability.astype(np.float64), DECIMALS), 0.0, 1.0)
     frame["error_probability"] = _spread(rounded, labels.present, np.nan)
-    frame["weight"] = _spread(
-        np.round(weight.astype(np.float64), DECIMALS), labels.present, 0.0
+    frame["weight"] = _spread(np.round(weight.astype(np.float64), DECIMALS), labels.present, 0.0)
+    order = np.argsort(
+        _spread(-probability.astype(np.float64), labels.present, np.inf), kind="stable"
     )
-    order = np.argsort(_spread(-probability.astype(np.float64), labels.present, np.inf),
-                       kind="stable")
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(1, n + 1)
     frame["rank"] = rank
@@ -119,8 +120,9 @@ def _spread(values: np.ndarray, present: np.ndarray, fill: float) -> np.ndarray:
 def cleaned_frame(table: Table, correction: Correction) -> pd.DataFrame:
     """The table with suspect labels replaced and a column ``woodbury_changed``."""
     if table.original is not None:
-        frame = table.original.drop(columns=CHANGED_COLUMN, errors="ignore").copy()
-        frame[table.label] = correction.apply(frame[table.label])
+        frame = table.original.copy()
+        name = frame.columns[table.position]
+        frame[name] = correction.apply(frame[name])
     elif table.array is not None:
         flat = table.array.reshape(len(table), -1)
         frame = pd.DataFrame(flat, columns=[f"x{j}" for j in range(flat.shape[1])])
@@ -128,9 +130,9 @@ def cleaned_frame(table: Table, correction: Correction) -> pd.DataFrame:
     else:
         assert table.frame is not None
         frame = table.frame.copy(deep=False)
-        frame.insert(
-            min(table.position, frame.shape[1]), table.label, correction.apply(table.labels)
-        )
+        # Delimited files are read with labels as text; the rows hold them as what they mean.
+        labels = correction.rows["label"] if table.kind == "delimited" else table.labels
+        frame.insert(min(table.position, frame.shape[1]), table.label, correction.apply(labels))
     frame[CHANGED_COLUMN] = correction.changed
     return frame
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 __all__ = ["calibration_chart", "histogram", "matrix", "scatter", "thumbnail"]
 
 WIDTH, HEIGHT = 400, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 20, 40
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 40
 MAX_CLASSES = 15
 MAX_POINTS = 1200
 
@@ -28,7 +28,9 @@ def _svg(body: list[str], title: str, description: str) -> Markup:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+    )
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
@@ -57,7 +59,10 @@ def histogram(
     for power in range(int(top) + 1):
         y = floor - height * math.log10(1 + 10**power) / top
         if y >= TOP - 1:
-            body += [_line(LEFT, y, WIDTH - RIGHT, y), _text(LEFT - 6, y + 4, f"{10**power:,}", "end")]
+            body += [
+                _line(LEFT, y, WIDTH - RIGHT, y),
+                _text(LEFT - 6, y + 4, f"{10**power:,}", "end"),
+            ]
     step = width / 10
     for b, count in enumerate(counts):
         tall = height * math.log10(1 + count) / top
@@ -74,7 +79,9 @@ def histogram(
         body.append(_text(LEFT + b * step, floor + 15, f"{edges[b]:.3g}"))
     body.append(_text(LEFT + width / 2, HEIGHT - 6, label, kind="label"))
     described = ", ".join(
-        f"{edges[b]:.3g} to {edges[b + 1]:.3g}: {count:,}" for b, count in enumerate(counts) if count
+        f"{edges[b]:.3g} to {edges[b + 1]:.3g}: {count:,}"
+        for b, count in enumerate(counts)
+        if count
     )
     return _svg(body, title, f"Number of rows by range. {described}")
 
@@ -107,7 +114,10 @@ def scatter(given: np.ndarray, suggested: np.ndarray, suspect: np.ndarray) -> Ma
             body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" class="{kind}"/>')
     for tick in np.linspace(low, high, 5):
         x, y = place(float(tick), float(tick))
-        body += [_text(x, HEIGHT - BOTTOM + 15, f"{tick:.3g}"), _text(LEFT - 6, y + 4, f"{tick:.3g}", "end")]
+        body += [
+            _text(x, HEIGHT - BOTTOM + 15, f"{tick:.3g}"),
+            _text(LEFT - 6, y + 4, f"{tick:.3g}", "end"),
+        ]
     body += [
         _line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"),
         _text(LEFT + width / 2, HEIGHT - 6, "value in the table", kind="label"),
@@ -176,13 +186,13 @@ def matrix(
     most = max(1, counts.max())
     rows = [
         (
-            classes[kept[i]],
+            classes[int(kept[i])],
             [{"count": int(c), "heat": round(0.75 * float(c) / most, 3)} for c in counts[i]],
         )
         for i in range(len(kept))
     ]
     return {
-        "classes": [classes[k] for k in kept],
+        "classes": [classes[int(k)] for k in kept],
         "rows": rows,
         "left_out": len(involved) - len(kept),
     }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["suspect_cards"]
 
-TOP = 60
+TOP = 56
 MAX_TEXT = 280
 MAX_VALUES = 40
 MAX_REASONS = 3
@@ -30,20 +30,18 @@ def suspect_cards(result: CleanResult, top: int = TOP) -> list[dict[str, Any]]:
         top: how many at most; rows with an error probability of at most 0.5 are not suspects.
 
     Returns:
-        For each: ``row, given, suggested, probability, weight, rank`` and either ``image`` (a data
+        For each: ``row, given, suggested, probability`` and either ``image`` (a data
         URI) or ``texts``, ``values`` and ``reasons``.
     """
     chosen = result.suspects.head(top)
-    cards = [
+    cards: list[dict[str, Any]] = [
         {
-            "row": int(line.row),
-            "rank": int(line.rank),
-            "given": _show(line.label),
-            "suggested": _show(line.suggested_label),
-            "probability": float(line.error_probability),
-            "weight": float(line.weight),
+            "row": line["row"],
+            "given": _show(line["label"]),
+            "suggested": _show(line["suggested_label"]),
+            "probability": line["error_probability"],
         }
-        for line in chosen.itertuples()
+        for line in chosen.to_dict("records")
     ]
     shape = result.prepared.image_shape
     if shape is not None:
@@ -111,7 +109,7 @@ class _Typical:
                 self._categories[name] = pd.crosstab(values, labels, normalize="columns")
 
     def reasons(self, row: int) -> list[str]:
-        """Up to three sentences on what is unusual for the given label and not for the suggested."""
+        """Up to three phrases on what is usual for the suggested label but not the given one."""
         if self._frame is None:
             return []
         line = self._rows.iloc[row]
@@ -146,7 +144,7 @@ class _Typical:
             value = str(self._frame[name].iloc[row])
             if value not in shares.index or not {given, suggested} <= set(shares.columns):
                 continue
-            here, there = float(shares.loc[value, given]), float(shares.loc[value, suggested])
+            here, there = (float(shares[label].at[value]) for label in (given, suggested))
             if there - here > 0.2:
                 text = (
                     f"{name} is {_show(value)}, as in {there:.0%} of {_show(suggested)} and "
@@ -159,8 +157,5 @@ class _Typical:
 def _show(value: Any, most: int = 60) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NaT:
         return "–"
-    if isinstance(value, float | np.floating):
-        text = f"{value:.6g}" if abs(value) < 1e15 else f"{value:.3g}"
-    else:
-        text = str(value)
+    text = f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"

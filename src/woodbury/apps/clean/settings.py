@@ -67,7 +67,7 @@ class Settings:
         text: str | Sequence[str] | None,
         task: str,
         model: str,
-        seed: int,
+        seed: Any,
         budget: str | int,
         format: str,
     ) -> Settings:

@@ -25,6 +25,7 @@ from woodbury.errors import DataError
 __all__ = ["Dialect", "examine", "read_arrow", "rewrite"]
 
 CHUNK = 1 << 22
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DELIMITERS = (",", ";", "\t", "|")
 # What pandas and R write for "no value"; "?" is what many UCI tables use.
 MISSING = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "#N/A", "<NA>", "?"]
@@ -39,7 +40,7 @@ class Dialect:
     Attributes:
         delimiter: the character between cells.
         encoding: the Python codec that decodes the file.
-        quoted: whether a quotation mark occurs anywhere in it.
+        quotes: number of quotation marks in it.
         header: names of the columns, in file order.
         sha256: hash of the file's bytes.
         size: its length in bytes.
@@ -47,7 +48,7 @@ class Dialect:
 
     delimiter: str
     encoding: str
-    quoted: bool
+    quotes: int
     header: tuple[str, ...]
     sha256: str
     size: int
@@ -68,7 +69,7 @@ def examine(path: Path) -> Dialect:
     Cost:
         One pass over the bytes; 4 MiB of memory.
     """
-    digest, size, quoted = hashlib.sha256(), 0, False
+    digest, size, quotes = hashlib.sha256(), 0, 0
     candidates: dict[str, codecs.IncrementalDecoder] | None = None
     start = b""
     with path.open("rb") as handle:
@@ -78,15 +79,19 @@ def examine(path: Path) -> Dialect:
                 candidates = _decoders(chunk, path)
             digest.update(chunk)
             size += len(chunk)
-            quoted = quoted or b'"' in chunk
+            quotes += chunk.count(b'"')
             _try_decoders(candidates, chunk)
     if candidates is None or not start.strip():
         raise DataError(f"{path.name} is empty. Give a table with a header line and rows under it.")
     _try_decoders(candidates, b"", final=True)
+    if not candidates and start.startswith(MARKS):
+        raise DataError(
+            f"{path.name} begins with a byte order mark of Unicode text but cannot be decoded as "
+            "such. It may be cut off: copy it again, or save it as UTF-8."
+        )
     encoding = next(iter(candidates), "latin-1")
-    quoted = quoted or encoding.startswith("utf-16")
     delimiter, header = _read_header(path, encoding)
-    return Dialect(delimiter, encoding, quoted, header, digest.hexdigest(), size)
+    return Dialect(delimiter, encoding, quotes, header, digest.hexdigest(), size)
 
 
 def _decoders(start: bytes, path: Path) -> dict[str, codecs.IncrementalDecoder]:
@@ -116,14 +121,8 @@ def _try_decoders(
 
 
 def _read_header(path: Path, encoding: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        with path.open(encoding=encoding, newline="") as handle:
-            first = next((raw for raw in handle if raw.strip()), "")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name} starts like {encoding} text but cannot be decoded at byte "
-            f"{error.start}. It may be cut off: copy it again, or save it as UTF-8."
-        ) from None
+    with path.open(encoding=encoding, newline="") as handle:
+        first = next((raw for raw in handle if raw.strip()), "")
     unquoted = "".join(first.split('"')[::2])
     counts = {mark: unquoted.count(mark) for mark in DELIMITERS}
     delimiter = max(counts, key=lambda mark: counts[mark])
@@ -148,6 +147,11 @@ def read_arrow(path: Path, dialect: Dialect, as_text: Iterable[str] = ()) -> pa.
     Raises:
         DataError: a line has too few or too many cells, or a quotation mark is never closed.
     """
+    if dialect.quotes % 2:
+        # Arrow would silently read everything after the open mark as one cell.
+        problem = _find_problem(path, dialect)
+        if problem:
+            raise DataError(problem)
     convert = pa_csv.ConvertOptions(
         column_types={name: pa.string() for name in as_text},
         null_values=MISSING,
@@ -164,39 +168,53 @@ def read_arrow(path: Path, dialect: Dialect, as_text: Iterable[str] = ()) -> pa.
                 skip_rows_after_names=1,
             ),
             parse_options=pa_csv.ParseOptions(
-                delimiter=dialect.delimiter, newlines_in_values=dialect.quoted
+                delimiter=dialect.delimiter, newlines_in_values=dialect.quotes > 0
             ),
             convert_options=convert,
         )
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise DataError(_explain(path, dialect, str(error))) from None
+        raise DataError(
+            _find_problem(path, dialect)
+            or f"{path.name} cannot be parsed: {error}. Correct the file and run again."
+        ) from None
 
 
-def _explain(path: Path, dialect: Dialect, arrow_message: str) -> str:
-    """Find the first line that does not fit the header; Arrow rarely says where it is."""
+def _find_problem(path: Path, dialect: Dialect) -> str:
+    """Describe the first line that does not fit the header; Arrow rarely says where it is."""
     width = len(dialect.header)
     with path.open(encoding=dialect.encoding, newline="", errors="replace") as handle:
-        reader = csv.reader(handle, delimiter=dialect.delimiter)
+        reader = csv.reader(handle, delimiter=dialect.delimiter, strict=True)
         line = 1
-        for cells in reader:
-            if cells and len(cells) != width:
-                text = dialect.delimiter.join(cells)
-                if len(text) > 80:
-                    text = text[:77] + "..."
-                hint = "Is the file cut off there, or a quotation mark left open?"
-                if len(cells) > width:
-                    hint = 'A cell that contains the delimiter must stand in quotes ("...").'
-                return (
-                    f"{path.name}, line {line}: {len(cells)} cells where the header names "
-                    f"{width}: {text!r}. {hint} Correct that line and run again."
-                )
-            line = reader.line_num + 1
-    return f"{path.name} cannot be parsed: {arrow_message}. Correct the file and run again."
+        try:
+            for cells in reader:
+                if cells and len(cells) != width:
+                    return _misfit(path.name, line, cells, dialect)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            return (
+                f"{path.name}, line {line}: {error}. A quotation mark is opened there and not "
+                "closed, or the file is cut off. Correct that line and run again."
+            )
+    return ""
+
+
+def _misfit(name: str, line: int, cells: list[str], dialect: Dialect) -> str:
+    text = dialect.delimiter.join(cells)
+    if len(text) > 80:
+        text = text[:77] + "..."
+    width = len(dialect.header)
+    hint = "Is the file cut off there?"
+    if len(cells) > width:
+        hint = 'A cell that contains the delimiter must stand in quotes ("...").'
+    return (
+        f"{name}, line {line}: {len(cells)} cells where the header names {width}: {text!r}. "
+        f"{hint} Correct that line and run again."
+    )
 
 
 def _records(handle: TextIO, dialect: Dialect) -> Iterator[str]:
     """Yield the raw text of each record, blank lines left out, as the parser does."""
-    if not dialect.quoted:
+    if not dialect.quotes:
         yield from (raw for raw in handle if raw.strip("\r\n"))
         return
     seen: list[str] = []

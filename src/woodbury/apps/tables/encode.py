@@ -74,8 +74,8 @@ def encode_dates(values: pd.Series) -> np.ndarray:
     """
     missing = values.isna().to_numpy()
     at = values.dt
-    year = 2 * np.pi * (at.dayofyear.to_numpy(dtype=np.float64, na_value=0) - 1) / 365.25
-    week = 2 * np.pi * at.dayofweek.to_numpy(dtype=np.float64, na_value=0) / 7
+    year = 2 * np.pi * (at.day_of_year.to_numpy(dtype=np.float64, na_value=0) - 1) / 365.25
+    week = 2 * np.pi * at.day_of_week.to_numpy(dtype=np.float64, na_value=0) / 7
     seconds = (values - pd.Timestamp(0)).dt.total_seconds().to_numpy(dtype=np.float64)
     parts = [seconds, np.sin(year), np.cos(year), np.sin(week), np.cos(week)]
     day = np.where(missing, 0.0, seconds) % 86400

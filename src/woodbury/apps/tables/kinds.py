@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from woodbury.errors import DataError
 
-__all__ = ["Column", "classify"]
+__all__ = ["LARGEST", "Column", "classify"]
 
 SAMPLE = 1000
+LARGEST = 1e30  # beyond it squares overflow in float32, which models compute in
 # Text: cells of several words, mostly different from each other.
 TEXT_WORDS = 3.0
 TEXT_DISTINCT = 0.2
 # A column of strings is one of numbers if at most this share of them is something else.
 STRAY_SHARE = 0.05
-DATE_PATTERN = r"^\s*(\d{4}[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4})([T\s]\d{1,2}:.*)?\s*$"
+DATE_PATTERN = (
+    r"^\s*(\d{4}[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4})([T\s]\d{1,2}:.*)?\s*$"
+)
 
 
 @dataclass
@@ -100,11 +104,12 @@ def _dtype_kind(column: pd.Series) -> str:
 
 def _numeric(name: str, values: pd.Series, where: str) -> Column:
     array = values.to_numpy()
-    infinite = np.isinf(array)
-    if infinite.any():
-        row = int(infinite.argmax())
+    extreme = np.abs(array) > LARGEST  # False for NaN
+    if extreme.any():
+        row = int(extreme.argmax())
+        what = "infinite" if np.isinf(array[row]) else f"{array[row]:g}, too large,"
         raise DataError(
-            f"{where}: column {name!r} is infinite in row {row} ({infinite.sum():,} rows in all). "
+            f"{where}: column {name!r} is {what} in row {row} ({extreme.sum():,} rows in all). "
             "Write the true value there, or leave the cell empty, which counts as missing."
         )
     found = _constant_or(Column(name, "numeric", values))
@@ -119,7 +124,7 @@ def _numeric(name: str, values: pd.Series, where: str) -> Column:
 
 def _is_row_number(array: np.ndarray) -> bool:
     n = len(array)
-    if n < 20 or np.isnan(array[0]) or not np.nanmax(array) - np.nanmin(array) == n - 1:
+    if n < 20 or np.isnan(array[0]) or np.nanmax(array) - np.nanmin(array) != n - 1:
         return False
     return bool(np.all(array == np.round(array)) and len(np.unique(array)) == n)
 
@@ -138,7 +143,7 @@ def _strings(name: str, column: pd.Series, forced_text: bool) -> Column:
         found = _dates(name, column)
         if found is not None:
             return found
-    words = sample.str.split().str.len().mean()
+    words = sample.map(lambda value: len(value.split())).mean()
     distinct = present.nunique()
     if words >= TEXT_WORDS and distinct > max(30, TEXT_DISTINCT * len(present)):
         return Column(name, "text", column)
@@ -184,9 +189,12 @@ def _dates(name: str, column: pd.Series) -> Column | None:
     """ISO dates, else day first unless that leaves more dates unread than month first."""
     text = column.str.strip()
     best: pd.Series | None = None
-    for options in ({"format": "ISO8601"}, {"dayfirst": True}, {"dayfirst": False}):
-        if "format" not in options:
-            options = {"format": "mixed", **options}
+    choices: tuple[dict[str, Any], ...] = (
+        {"format": "ISO8601"},
+        {"format": "mixed", "dayfirst": True},
+        {"format": "mixed", "dayfirst": False},
+    )
+    for options in choices:
         read = pd.to_datetime(text, errors="coerce", utc=True, **options).dt.tz_localize(None)
         if best is None or read.notna().sum() > best.notna().sum():
             best = read
@@ -200,8 +208,9 @@ def _constant_or(found: Column) -> Column:
     if found.values.nunique(dropna=False) > 1:
         return found
     value = found.values.iloc[0]
+    shown = f"{value:g}" if isinstance(value, float) else repr(str(value))
     return _unused(
-        found.name, found.values, f"Column {found.name!r} is {str(value)!r} in every row; it is left out."
+        found.name, found.values, f"Column {found.name!r} is {shown} in every row; it is left out."
     )
 
 

@@ -126,11 +126,12 @@ def _untyped(column: pd.Series) -> pd.Series:
 
 def _distinct(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Sorted distinct values ``[C]`` and each row's index into them ``[n]``, -1 where missing."""
-    codes, values = pd.factorize(column)
-    values = np.asarray(values)
+    codes, found = pd.factorize(column)
+    values = np.asarray(found)
     if values.dtype.kind not in "biuf":
-        values = np.array([value if isinstance(value, str) else str(value) for value in values],
-                          dtype=object)
+        values = np.array(
+            [value if isinstance(value, str) else str(value) for value in values], dtype=object
+        )
     numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=np.float64)
     order = (
         np.lexsort((values.astype(str), numbers))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from woodbury.apps.tables.encode import encode_categories, encode_dates, encode_text
-from woodbury.apps.tables.kinds import Column, classify
+from woodbury.apps.tables.kinds import LARGEST, Column, classify
 from woodbury.apps.tables.labels import Labels, prepare_labels
 from woodbury.apps.tables.scaling import scale_columns, scale_jointly, shared_unit
 from woodbury.apps.tables.source import Table
@@ -94,13 +94,7 @@ def prepare(
     if result.X.shape[1] == 0:
         raise DataError(
             f"{table.name} has no column that could tell one label from another (all are empty, "
-            "constant, or identifiers). Add columns that describe the rows."
-        )
-    bad = ~np.isfinite(result.X).all(axis=0)
-    if bad.any():
-        raise DataError(
-            f"{table.name}: values too large for 32-bit numbers ({int(bad.sum())} prepared "
-            "columns). Rescale the largest columns."
+            "constant, identifiers, or the label itself). Add columns that describe the rows."
         )
     return result
 
@@ -111,11 +105,12 @@ def _from_array(table: Table, labels: Labels, budget_bytes: int | None) -> Prepa
     shape = rows.shape[1:] if rows.ndim > 2 else None
     flat = rows.reshape(len(rows), -1)
     _check_budget(flat.shape, budget_bytes, table.name)
-    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-        row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(flat)))
+    usable = np.abs(flat) <= LARGEST if flat.dtype.kind == "f" else np.True_
+    if not usable.all():
+        row, column = (int(i[0]) for i in np.nonzero(~usable))
         raise DataError(
             f"{table.name}: X holds {flat[row, column]} in row {row}, column {column}. "
-            "Fill in missing numbers before saving, or give the table as CSV with empty cells."
+            "Write true numbers there before saving, or give the table as CSV with empty cells."
         )
     if flat.dtype == bool:
         flat = flat.astype(np.uint8)
@@ -134,7 +129,7 @@ def _from_array(table: Table, labels: Labels, budget_bytes: int | None) -> Prepa
 
 
 def _array_unit(flat: np.ndarray) -> str:
-    """Reason to scale an NPZ array jointly: a visible unit, or spreads of one order (embeddings)."""
+    """Reason to scale an array jointly: one unit, or spreads of one order (embeddings)."""
     reason = shared_unit(flat)
     if reason:
         return reason

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def _check_names(names: Sequence[str], label: str | None, text: Sequence[str], w
             f"Say which column of {where} holds the label, with --label COLUMN (label=... in "
             f"Python). Its columns are: {_listing(names)}."
         )
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         places = [i + 1 for i, name in enumerate(names) if name == repeated[0]]
         what = f"the name {repeated[0]!r}" if repeated[0] else "an empty name"
@@ -188,6 +189,7 @@ def _from_frame(frame: pd.DataFrame, label: str | None, text: Sequence[str]) -> 
     label = _check_names(names, None if label is None else str(label), text, name)
     if len(frame) == 0:
         raise DataError("The data frame has no rows. There is nothing to clean.")
+    original = frame
     frame = frame.set_axis(names, axis=1).reset_index(drop=True)
     digest = hashlib.sha256("\0".join(names).encode())
     for column_name in names:
@@ -205,7 +207,7 @@ def _from_frame(frame: pd.DataFrame, label: str | None, text: Sequence[str]) -> 
         features,
         None,
         digest.hexdigest(),
-        original=frame,
+        original=original,
         position=names.index(label),
     )
 
@@ -313,7 +315,8 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 def _from_npz(path: Path, label: str) -> Table:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a file open that it cannot read; given a handle, it does not.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             names = list(archive.files)
             missing = [name for name in ("X", label) if name not in names]
             if missing:
@@ -331,13 +334,13 @@ def _from_npz(path: Path, label: str) -> Table:
         hint = "It may be cut off: copy it again, or save it again with numpy.savez."
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
             hint = "It holds Python objects: save X as numbers and y as numbers or text."
-        raise DataError(f"{path.name} cannot be read as NPZ ({_first_line(error)}). {hint}") from None
+        raise DataError(
+            f"{path.name} cannot be read as NPZ ({_first_line(error)}). {hint}"
+        ) from None
     _check_arrays(rows, labels, label, path.name)
     if rows.ndim == 4 and rows.shape[1] in (1, 3) and rows.shape[3] not in (1, 3):
         rows = np.moveaxis(rows, 1, 3)  # channels first -> last, as thumbnails want them
-    return Table(
-        path.name, "npz", label, pd.Series(labels), None, rows, fingerprint(path), path
-    )
+    return Table(path.name, "npz", label, pd.Series(labels), None, rows, fingerprint(path), path)
 
 
 def _check_arrays(rows: np.ndarray, labels: np.ndarray, label: str, where: str) -> None:

@@ -33,10 +33,9 @@ def read_trusted(path: Path, n: int) -> np.ndarray:
         bool ``[n]``.
 
     Raises:
-        DataError: the file is missing, empty, in another form, or names rows that do not exist.
+        FileNotFoundError: there is no such file.
+        DataError: the file is empty, in another form, or names rows that do not exist.
     """
-    if not path.is_file():
-        raise DataError(f"There is no file {path} (--trusted). Check the spelling.")
     dialect = examine(path)
     with path.open(encoding=dialect.encoding, newline="") as handle:
         lines = [
@@ -66,9 +65,7 @@ def _whole(text: str) -> int | None:
         return None
 
 
-def _rows(
-    lines: Sequence[tuple[int, list[str]]], column: int, n: int, where: str
-) -> np.ndarray:
+def _rows(lines: Sequence[tuple[int, list[str]]], column: int, n: int, where: str) -> np.ndarray:
     mask = np.zeros(n, dtype=bool)
     for line, cells in lines:
         text = cells[column] if column < len(cells) else ""
@@ -82,9 +79,7 @@ def _rows(
     return mask
 
 
-def _flags(
-    lines: Sequence[tuple[int, list[str]]], column: int, n: int, where: str
-) -> np.ndarray:
+def _flags(lines: Sequence[tuple[int, list[str]]], column: int, n: int, where: str) -> np.ndarray:
     if len(lines) != n:
         raise DataError(
             f"{where} (--trusted) has {len(lines):,} lines under 'trusted' and the table {n:,} "
