@@ -1,9 +1,10 @@
 """The algebra of operators, simplified only where it is a theorem.
 
 Here: ``(A.T).T`` is ``A``; ``A.T`` is ``A`` where ``A`` is symmetric; sums and products are
-flattened (both are associative) and the terms of a sum meet in any order (it is commutative);
-``1 * A``, ``I @ A`` and ``A @ I`` are ``A``. What a class knows about its own kind is asked of it
-through ``_transpose``, ``_adjoint``, ``_scale``, ``_add`` and ``_compose``.
+flattened (both are associative), the terms of a sum meet in any order (it is commutative), numbers
+are taken out of products; ``1 * A``, ``I @ A`` and ``A @ I`` are ``A``. What a class knows about
+its own kind is asked of it through ``_transpose``, ``_adjoint``, ``_scale``, ``_add`` and
+``_compose``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from woodbury.errors import DeviceError, DtypeError, ShapeError
 from woodbury.operators.base import LinearOperator
-from woodbury.operators.identity import adapted, multiple_of_identity
+from woodbury.operators.identity import Identity, adapted
 from woodbury.operators.product import Product
 from woodbury.operators.scaled import Scaled
 from woodbury.operators.sum import Sum
@@ -102,28 +103,31 @@ def compose(left: LinearOperator, right: LinearOperator) -> LinearOperator:
         raise ShapeError(f"cannot multiply operators of shapes {left.shape} and {right.shape}")
     left, right = adapted(left, right), adapted(right, left)
     _require_same_kind(left, right, "multiply")
+    (c, heads), (d, tails) = _factors(left), _factors(right)
     factors: list[LinearOperator] = []
-    for factor in [*_factors(left), *_factors(right)]:
-        joined = _join(factors[-1], factor) if factors else None
+    for factor in [*heads, *tails]:
+        joined = factors[-1]._compose(factor) if factors else None
         if joined is None:
             factors.append(factor)
         else:
             factors[-1] = joined
-    return factors[0] if len(factors) == 1 else Product(factors)
-
-
-def _join(left: LinearOperator, right: LinearOperator) -> LinearOperator | None:
-    """One operator for ``left @ right`` where there is a simpler one."""
-    factor = multiple_of_identity(right)
-    return left._compose(right) if factor is None else scale(factor, left)
+    if not factors:  # both are multiples of the identity
+        return scale(c * d, left.operator if isinstance(left, Scaled) else left)
+    return scale(c * d, factors[0] if len(factors) == 1 else Product(factors))
 
 
 def _terms(operator: LinearOperator) -> tuple[LinearOperator, ...]:
     return operator.terms if isinstance(operator, Sum) else (operator,)
 
 
-def _factors(operator: LinearOperator) -> tuple[LinearOperator, ...]:
-    return operator.factors if isinstance(operator, Product) else (operator,)
+def _factors(operator: LinearOperator) -> tuple[complex | Tensor, tuple[LinearOperator, ...]]:
+    """A number and the factors it multiplies: numbers commute with everything."""
+    if isinstance(operator, Scaled):
+        inner, factors = _factors(operator.operator)
+        return operator.factor * inner, factors
+    if isinstance(operator, Identity):
+        return 1.0, ()
+    return 1.0, operator.factors if isinstance(operator, Product) else (operator,)
 
 
 def _require_same_kind(left: LinearOperator, right: LinearOperator, verb: str) -> None:

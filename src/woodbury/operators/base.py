@@ -161,7 +161,7 @@ class LinearOperator:
 
     def _has_inverse(self) -> bool:
         own = type(self)._inverse is not LinearOperator._inverse
-        return self.is_square and (own or "unitary" in self.tags)
+        return own or "unitary" in self.tags
 
     def _inverse(self) -> LinearOperator | None:
         return self.H if "unitary" in self.tags else None
@@ -304,7 +304,7 @@ class LinearOperator:
     @property
     def has_inverse(self) -> bool:
         """Whether :meth:`inverse` and :meth:`solve` have a structural form; nothing is computed."""
-        return self._has_inverse()
+        return self.is_square and self._has_inverse()
 
     def columns(self, index: Tensor) -> Tensor:
         """The columns ``A[:, index]``, ``[m, k]``, for integer indices ``[k]``.

@@ -78,6 +78,7 @@ class FunctionOperator(LinearOperator):
     def _apply(
         self, function: Callable[[Tensor], Tensor], X: Tensor, rows: int, name: str
     ) -> Tensor:
+        X = X.resolve_conj().resolve_neg()
         if self.vectorized:
             return self._verified(function(X.contiguous()), (rows, X.shape[1]), name)
         columns = [

@@ -98,9 +98,6 @@ class Identity(LinearOperator):
         factor = multiple_of_identity(other)
         return None if factor is None else (1 + factor) * self
 
-    def _compose(self, other: LinearOperator) -> LinearOperator:
-        return other
-
 
 def multiple_of_identity(operator: LinearOperator) -> complex | Tensor | None:
     """``c`` where the operator is ``c * I``, otherwise ``None``."""

@@ -105,7 +105,7 @@ class Kronecker(LinearOperator):
     def _to_dense(self) -> Tensor:
         dense = self.factors[0]._to_dense()
         for factor in self.factors[1:]:
-            dense = torch.kron(dense, factor._to_dense())
+            dense = _kron(dense, factor._to_dense())
         return dense.clone() if len(self.factors) == 1 else dense
 
     def _columns(self, index: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Kronecker(LinearOperator):
             return super()._diagonal()
         diagonal = self.factors[0]._diagonal()
         for factor in self.factors[1:]:
-            diagonal = torch.kron(diagonal, factor._diagonal())
+            diagonal = torch.outer(diagonal, factor._diagonal()).reshape(-1)
         return diagonal
 
     def _trace(self) -> Tensor | None:
@@ -209,6 +209,12 @@ def _flattened(factors: Sequence[Tensor | LinearOperator]) -> tuple[LinearOperat
         operator = Dense(factor) if isinstance(factor, Tensor) else factor
         flat.extend(operator.factors if isinstance(operator, Kronecker) else [operator])
     return same_kind(flat)
+
+
+def _kron(A: Tensor, B: Tensor) -> Tensor:
+    """``torch.kron`` of two matrices, which fails for some strides (torch 2.13)."""
+    rows, columns = A.shape[0] * B.shape[0], A.shape[1] * B.shape[1]
+    return (A[:, None, :, None] * B[None, :, None, :]).reshape(rows, columns)
 
 
 def _along_axis(operator: LinearOperator, X: Tensor, *, adjoint: bool) -> Tensor:

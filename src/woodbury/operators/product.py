@@ -92,13 +92,22 @@ class Product(LinearOperator):
     def _add(self, other: LinearOperator) -> LinearOperator | None:
         if multiple_of_identity(other) is None or not self._is_unitary_congruence():
             return None
-        middle = self._middle()
-        shifted = middle._add(other)
-        return None if shifted is None else self.factors[0] @ shifted @ self.factors[-1]
+        shifted = self._middle()._add(other)
+        return None if shifted is None else self._around(shifted)
+
+    def _scale(self, factor: complex | Tensor) -> LinearOperator | None:
+        if not self._is_unitary_congruence():
+            return None
+        scaled = self._middle()._scale(factor)
+        return None if scaled is None else self._around(scaled)
 
     def _is_unitary_congruence(self) -> bool:
         first, last = self.factors[0], self.factors[-1]
         return len(self.factors) > 2 and "unitary" in first.tags and are_adjoint(first, last)
+
+    def _around(self, middle: LinearOperator) -> LinearOperator:
+        inner = middle.factors if isinstance(middle, Product) else (middle,)
+        return Product([self.factors[0], *inner, self.factors[-1]])
 
     def _middle(self) -> LinearOperator:
         inner = self.factors[1:-1]

@@ -59,8 +59,8 @@ class Scaled(LinearOperator):
         if inner is None:
             return None
         self._require_nonzero()
-        size = torch.as_tensor(self.factor, device=self.device).abs()
-        return inner + self.shape[0] * torch.log(size.to(real_dtype(self.dtype)))
+        size = torch.as_tensor(abs(self.factor), dtype=real_dtype(self.dtype), device=self.device)
+        return inner + self.shape[0] * torch.log(size)
 
     def _has_inverse(self) -> bool:
         return self.operator.has_inverse
@@ -93,12 +93,6 @@ class Scaled(LinearOperator):
             return None
         factor = multiple_of_identity(other)
         return None if factor is None else (self.factor + factor) * self.operator
-
-    def _compose(self, other: LinearOperator) -> LinearOperator | None:
-        """``(c I) @ B`` is ``c * B``."""
-        from woodbury.operators.identity import Identity
-
-        return self.factor * other if isinstance(self.operator, Identity) else None
 
 
 def conjugate(factor: complex | Tensor) -> complex | Tensor:

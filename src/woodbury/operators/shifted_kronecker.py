@@ -102,7 +102,7 @@ class ShiftedKronecker(LinearOperator):
         for factor in self.kronecker.factors:
             values, basis = _eigh(factor)
             bases.append(basis)
-            eigenvalues = values if eigenvalues is None else torch.kron(eigenvalues, values)
+            eigenvalues = values if eigenvalues is None else _outer(eigenvalues, values)
         assert eigenvalues is not None
         shifted = eigenvalues + self.shift
         _require_condition(shifted.detach())
@@ -141,6 +141,10 @@ def _eigh(factor: LinearOperator) -> tuple[Tensor, LinearOperator]:
             )
         values = values.clamp(min=0)
     return values, Dense._derived(vectors.to(factor.dtype), {"unitary"}, factor.space)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return torch.outer(a, b).reshape(-1)
 
 
 def _require_condition(eigenvalues: Tensor) -> None:

@@ -139,7 +139,7 @@ class Sparse(LinearOperator):
             if self._matrix_adjoint is None:
                 self._matrix_adjoint = matrix.conj().T if self.dtype.is_complex else matrix.T
             matrix = self._matrix_adjoint
-        return torch.from_numpy(matrix @ X.detach().numpy())
+        return torch.from_numpy(matrix @ X.detach().resolve_conj().resolve_neg().numpy())
 
     def _torch_form(self, *, adjoint: bool) -> Tensor:
         """A CSR tensor of ``A`` or ``A^H``, for devices other than the CPU."""
@@ -156,7 +156,9 @@ class Sparse(LinearOperator):
         starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            kept = torch.sparse_csr_tensor(starts, columns, values.resolve_conj(), size=shape)
+            kept = torch.sparse_csr_tensor(
+                starts, columns, values.resolve_conj(), size=shape, check_invariants=False
+            )
         if adjoint:
             self._matrix_adjoint = kept
         else:
@@ -238,7 +240,6 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         values, X = ctx.saved_tensors
         operator = ctx.operator
-        G = G.resolve_conj().resolve_neg()
         grad_X = grad_values = None
         if ctx.needs_input_grad[1]:
             grad_X = _SparseProduct.apply(values, G, operator, not ctx.adjoint)

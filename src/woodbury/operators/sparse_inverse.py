@@ -63,7 +63,7 @@ class SparseInverse(LinearOperator):
         return self._raw_solve(B, adjoint=adjoint)
 
     def _raw_solve(self, B: Tensor, *, adjoint: bool) -> Tensor:
-        right = precise(B.detach()).contiguous().numpy()
+        right = precise(B.detach()).resolve_conj().resolve_neg().contiguous().numpy()
         return torch.from_numpy(self._lu.solve(right, trans="H" if adjoint else "N")).to(self.dtype)
 
     def _logdet(self) -> Tensor:
@@ -93,7 +93,7 @@ class _SparseSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         values, B = ctx.saved_tensors
-        W = _SparseSolve.apply(values, G.resolve_conj().resolve_neg(), ctx.inverse, not ctx.adjoint)
+        W = _SparseSolve.apply(values, G, ctx.inverse, not ctx.adjoint)
         grad_values = None
         if ctx.needs_input_grad[0]:
             X = _SparseSolve.apply(values, B, ctx.inverse, ctx.adjoint)
