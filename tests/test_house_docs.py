@@ -114,6 +114,12 @@ def test_page_does_what_it_shows(
             RUNNERS[block.language](block, page, namespace)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_a_page_refers_to_exist(page: Path) -> None:
+    for path in re.findall(r"`((?:tests|benchmarks|examples|docs|src)/[\w./]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page}: {path} does not exist"
+
+
 def test_blocks_are_found_with_their_lines() -> None:
     text = (
         'a\n```python title="x"\nb = 1\n```\n\n1. item\n\n    ```pycon\n    >>> b\n    1\n    ```\n'
