@@ -8,6 +8,7 @@ only through a :class:`Space`. A vector that is sharded over processes therefore
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +56,8 @@ class Space:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.named = not isinstance(shapes, int)
-        mapping = {"": (shapes,)} if isinstance(shapes, int) else shapes
+        self.named = isinstance(shapes, Mapping)
+        mapping = shapes if isinstance(shapes, Mapping) else {"": (operator.index(shapes),)}
         self.shapes = {name: torch.Size(shape) for name, shape in mapping.items()}
         for name, shape in self.shapes.items():
             if any(size < 0 for size in shape):
@@ -64,7 +65,7 @@ class Space:
         self.sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         self.dim = sum(self.sizes.values())
         self.dtype = dtype
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else indexed_device(device)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Space:
@@ -83,11 +84,21 @@ class Space:
         return cls(shapes, dtype=dtypes.pop(), device=devices.pop())
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Lay named tensors end to end: ``[n]``, or ``[n, k]`` where each has a trailing ``k``."""
+        """Lay named tensors end to end: ``[n]``, or ``[n, k]`` where each has a trailing ``k``.
+
+        Copies, unless there is a single tensor.
+
+        Raises:
+            ShapeError: a name is missing or unknown, or a shape is another.
+            DtypeError: the tensors are of several dtypes.
+        """
         missing = [name for name in self.shapes if name not in tensors]
         extra = [name for name in tensors if name not in self.shapes]
         if missing or extra:
             raise ShapeError(f"names do not match the space: missing {missing}, unknown {extra}")
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) > 1:  # concatenation would promote them silently
+            raise DtypeError(f"tensors of several dtypes: {sorted(map(str, dtypes))}")
         trailing: torch.Size | None = None
         parts = []
         for name, shape in self.shapes.items():
@@ -100,16 +111,22 @@ class Space:
                 )
             trailing = tail
             parts.append(tensor.reshape(self.sizes[name], *tail))
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        if not parts:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """Named views of ``flat`` (``[n]`` or ``[n, k]``); a block's columns become a last axis."""
+        """Named views of ``flat`` (``[n]`` or ``[n, k]``); a block's columns become a last axis.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError: ``flat`` is not of this space.
+        """
         self.check(flat)
         tail = flat.shape[1:]
         views, start = {}, 0
         for name, shape in self.shapes.items():
             stop = start + self.sizes[name]
-            views[name] = flat[start:stop].view(*shape, *tail)
+            views[name] = flat[start:stop].view((*shape, *tail))
             start = stop
         return views
 
@@ -130,6 +147,8 @@ class Space:
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """Column-wise inner products: a scalar for ``[n]``, ``[k]`` for ``[n, k]``."""
+        if x.shape != y.shape:  # vecdot would broadcast
+            raise ShapeError(f"inner product of shapes {tuple(x.shape)} and {tuple(y.shape)}")
         if x.dim() == 1:
             return torch.vdot(x, y)
         return torch.linalg.vecdot(x, y, dim=0)
@@ -153,3 +172,11 @@ class Space:
             return f"Space({self.dim})"
         names = ", ".join(f"{name}: {tuple(shape)}" for name, shape in self.shapes.items())
         return f"Space({{{names}}}, dim={self.dim})"
+
+
+def indexed_device(device: torch.device | str) -> torch.device:
+    """``cuda`` as the ``cuda:0`` that tensors report, so that devices can be compared."""
+    found = torch.device(device)
+    if found.type in ("cpu", "meta") or ":" in str(found):
+        return found
+    return torch.empty(0, device=found).device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from woodbury.errors import DeviceError, DtypeError, ShapeError, StructureError
 from woodbury.operators.tags import Tags, close
-from woodbury.spaces import Space
+from woodbury.spaces import Space, indexed_device
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
@@ -112,7 +112,7 @@ class LinearOperator:
             raise ShapeError(f"out_space has dimension {out_space.dim}, the operator {rows} rows")
         self.shape = (rows, columns)
         self.dtype = dtype
-        self.device = _indexed(torch.device(device))
+        self.device = indexed_device(device)
         self.tags = close(tags, complex_dtype=dtype.is_complex, square=rows == columns)
         self.space = Space(columns) if space is None else space
         if out_space is None:
@@ -408,10 +408,3 @@ def _is_scalar(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0
     return isinstance(value, numbers.Complex)
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """``cuda`` as the ``cuda:0`` that tensors report, so that devices can be compared."""
-    if device.type in ("cpu", "meta") or ":" in str(device):
-        return device
-    return torch.empty(0, device=device).device

@@ -175,7 +175,7 @@ class BlockDiagonal(LinearOperator):
         if self.stack is not None:
             return StackInverse(self, factorize(self.stack, self.tags))
         if not self._has_inverse():
-            return super()._inverse()
+            return None
         inverses = [block.inverse() for block in self.blocks]
         return BlockDiagonal(inverses, space=self.out_space, out_space=self.space)
 

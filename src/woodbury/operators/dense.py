@@ -34,8 +34,8 @@ class Dense(LinearOperator):
         TagError: a tag is not true of the matrix.
 
     Cost: a product is one matrix product. The inverse is factorised once: by Cholesky
-    (``n^3 / 3``) where tagged positive definite, not at all where triangular, otherwise by LU
-    (``2 n^3 / 3``); it keeps the factor and forms no inverse matrix.
+    (``n^3 / 3``) where tagged positive definite, not at all where triangular or unitary, otherwise
+    by LU (``2 n^3 / 3``); it keeps the factor and forms no inverse matrix.
 
     Example:
         >>> import torch
@@ -109,11 +109,13 @@ class Dense(LinearOperator):
     def _trace(self) -> Tensor:
         return torch.diagonal(self.matrix).sum()
 
-    def _logdet(self) -> Tensor:
+    def _logdet(self) -> Tensor | None:
+        if "unitary" in self.tags:
+            return super()._logdet()
         return self._factorization().logdet()
 
     def _inverse(self) -> LinearOperator:
-        return DenseInverse(self)
+        return self.H if "unitary" in self.tags else DenseInverse(self)
 
     def _factorization(self) -> Factorization:
         """The factor, kept for the next call unless it belongs to an autograd graph."""

@@ -155,7 +155,7 @@ class Kronecker(LinearOperator):
         if not self._squares():
             self._refuse_rectangular()
         if not self._has_inverse():
-            return super()._inverse()
+            return None
         return self._of([factor.inverse() for factor in self.factors])
 
     def _refuse_rectangular(self) -> None:

@@ -75,7 +75,7 @@ class Product(LinearOperator):
         return total(known) if len(known) == len(parts) else None
 
     def _has_inverse(self) -> bool:
-        return all(factor.has_inverse for factor in self.factors) or super()._has_inverse()
+        return "unitary" in self.tags or all(factor.has_inverse for factor in self.factors)
 
     def _inverse(self) -> LinearOperator | None:
         if not all(factor.has_inverse for factor in self.factors):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -21,12 +21,11 @@ class Sum(LinearOperator):
 
     Args:
         terms: operators of one shape, dtype and device.
-        tags: tags beside those that follow from the terms' tags.
 
     Cost: a product costs one product with each term.
     """
 
-    def __init__(self, terms: Sequence[LinearOperator], *, tags: Iterable[str] = ()) -> None:
+    def __init__(self, terms: Sequence[LinearOperator]) -> None:
         first = terms[0]
         common = first.tags
         for term in terms[1:]:
@@ -35,7 +34,7 @@ class Sum(LinearOperator):
             first.shape,
             dtype=first.dtype,
             device=first.device,
-            tags=common | set(tags),
+            tags=common,
             space=common_space([term.space for term in terms]),
             out_space=common_space([term.out_space for term in terms]),
         )

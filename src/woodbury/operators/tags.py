@@ -10,8 +10,12 @@
 | ``lower_triangular`` / ``upper_triangular`` | zero above / below the diagonal |
 | ``unitary`` | ``A.H @ A == A @ A.H == I`` (orthogonal for a real dtype) |
 
-Rules. A tag is a promise by whoever gives it; it is closed under implication (below) and carried
-through algebra only where that is a theorem:
+Implications: positive definite is positive semidefinite is hermitian; diagonal is symmetric and
+triangular on both sides; triangular on both sides, or on one and symmetric or hermitian, is
+diagonal.
+
+Rules. A tag is a promise by whoever gives it; it is closed under implication and carried through
+algebra only where that is a theorem:
 
 - ``A.T``, ``A.H``, conjugation: all tags are kept, ``lower_triangular`` and ``upper_triangular``
   change places.
@@ -78,17 +82,16 @@ def close(tags: Iterable[str], *, complex_dtype: bool, square: bool) -> Tags:
         raise TagError(
             f"tags {sorted(found)} describe square matrices, this operator is not square"
         )
-    pending = list(found)
-    while pending:
-        tag = pending.pop()
-        implied = set(_IMPLIES.get(tag, ()))
-        if not complex_dtype and tag in ("symmetric", "hermitian"):
-            implied |= {"symmetric", "hermitian"}
-        if {"lower_triangular", "upper_triangular"} <= found:
-            implied.add("diagonal")
-        new = implied - found
-        found |= new
-        pending.extend(new)
+    size = -1
+    while len(found) > size:
+        size = len(found)
+        found |= {implied for tag in found for implied in _IMPLIES.get(tag, ())}
+        mirrored = found & {"symmetric", "hermitian"}
+        if mirrored and not complex_dtype:
+            found |= {"symmetric", "hermitian"}
+        sides = found & {"lower_triangular", "upper_triangular"}
+        if len(sides) == 2 or (sides and mirrored):
+            found.add("diagonal")
     return frozenset(found)
 
 
