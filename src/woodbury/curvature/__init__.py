@@ -1,1 +1,22 @@
-"""Room."""
+"""Operators made from a model and its data.
+
+Where to find what:
+
+- ``objective``: :class:`Objective`, what is differentiated; ``problem`` is the part of it that
+  operators use, ``batches`` gives data the same way at every pass, ``functions`` makes a module a
+  pure function, ``criteria`` (with ``losses`` and ``likelihoods``) turns a criterion into losses
+  per example with their curvature in the outputs, ``per_example`` takes gradients one by one.
+- One matrix a file: ``jacobian``, ``hessian``, ``gauss_newton``, ``fisher``; ``matrix`` is what
+  they share.
+- Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
+  ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
+  ``memory`` measures.
+"""
+
+from woodbury.curvature.fisher import Fisher
+from woodbury.curvature.gauss_newton import GaussNewton
+from woodbury.curvature.hessian import Hessian
+from woodbury.curvature.jacobian import Jacobian
+from woodbury.curvature.objective import Objective
+
+__all__ = ["Fisher", "GaussNewton", "Hessian", "Jacobian", "Objective"]
