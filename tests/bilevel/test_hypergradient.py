@@ -207,7 +207,7 @@ def test_failed_solve_raises_or_reports(t0: T0) -> None:
 
 
 def test_a_saddle_is_reported_as_negative_curvature() -> None:
-    saddle = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    saddle = torch.tensor([1.0, -2.0], dtype=torch.float64)
     with pytest.raises(SolveError, match="positive definite"):
         hypergradient(
             lambda w, L: 0.5 * (saddle * w**2).sum() + (L * w).sum(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.graphs import Linearized
 from woodbury.curvature.memory import available_bytes, in_words
@@ -129,7 +131,9 @@ class Linearizations:
 
     def _linearized(self, batch: Batch, columns: int) -> Linearized:
         left = 0 if self.full else self.budget - self.nbytes
-        linearized = self.linearize(batch, left, columns)
+        # Solvers multiply under no_grad; a linearisation is a graph all the same.
+        with torch.enable_grad():
+            linearized = self.linearize(batch, left, columns)
         linearized.rows = batch.rows
         if self.full:
             return linearized

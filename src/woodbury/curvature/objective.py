@@ -222,7 +222,8 @@ class Objective(Problem):
         used: set[str] = set()
         for batch in self.batches("gradient"):
             leaves = self.leaves()
-            loss = self.batch_loss(leaves, batch)
+            with torch.enable_grad():
+                loss = self.batch_loss(leaves, batch)
             if not loss.requires_grad:
                 continue
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
