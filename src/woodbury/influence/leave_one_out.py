@@ -174,12 +174,6 @@ def _left_out(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs, jacobian = chunk.outputs, chunk.jacobian
     rows, width, n = jacobian.shape
-    flat = jacobian.reshape(rows * width, n)
-    solved = (inverted @ flat.mT.contiguous()).mT.reshape(rows, width, n)
-    leverage = jacobian @ solved.mT * chunk.shares.view(-1, 1, 1)
-    # What the recipe leaves unsymmetric is its error; the symmetric part is the better estimate.
-    leverage = (leverage + leverage.mT) / 2
-
     criterion = objective.criterion
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -191,8 +185,12 @@ def _left_out(
     bend = product(directions.reshape(width, *outputs.shape).contiguous())
     bend = bend.reshape(width, rows, width).movedim(0, 2)  # [b, C, C], symmetric
 
-    coupled = leverage @ bend
-    step = (leverage @ slope.reshape(rows, width, 1)).squeeze(2)
+    # H^-1 meets J^T S and J^T r only, which lie in its range also where H is singular.
+    sides = torch.cat([bend, slope.reshape(rows, width, 1)], dim=2)
+    columns = (jacobian.mT @ sides).movedim(1, 0).reshape(n, rows * (width + 1))
+    solved = (inverted @ columns.contiguous()).reshape(n, rows, width + 1).movedim(0, 1)
+    levered = jacobian @ solved * chunk.shares.view(-1, 1, 1)
+    coupled, step = levered[:, :, :width], levered[:, :, width]
     system = torch.eye(width, dtype=outputs.dtype, device=outputs.device) - coupled
     moved, info = torch.linalg.solve_ex(system, step)
     radius = torch.linalg.eigvals(coupled).real.amax(1) if width else step.sum(1)
