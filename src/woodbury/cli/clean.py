@@ -114,7 +114,7 @@ def clean(
         if os.environ.get("WOODBURY_DEBUG"):
             raise
         kind = "Out of memory" if isinstance(error, MemoryError) else "Failed"
-        said = " ".join(str(error).split()) or "no message"
+        said = " ".join(str(error).split())[:400] or "no message"
         _say(errors, kind, f"{type(error).__name__}: {said}")
         _say(errors, "", "Set WOODBURY_DEBUG=1 for the traceback to report.")
         raise typer.Exit(1) from None
@@ -157,9 +157,10 @@ def _summarise(console: Console, result: CleanResult) -> None:
 
     summary = result.summary
     n = summary["table"]["rows"]
+    thing = "label" if summary["task"] == "classification" else "value"
     console.print()
     verdict = Text.assemble(
-        f"{summary['suspects']:,} of {n:,} rows have a label in ",
+        f"{summary['suspects']:,} of {n:,} rows have a {thing} in ",
         (summary["label"], "bold"),
         f" that is probably wrong ({summary['suspect_share']:.1%}).",
     )
@@ -196,5 +197,5 @@ def _summarise(console: Console, result: CleanResult) -> None:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 40 else text[:39] + "…"

@@ -173,3 +173,13 @@ def test_budget(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "t.npz", X=rows, y=np.arange(300) % 2)
     with pytest.raises(BudgetError, match="Raise --budget"):
         woodbury.clean(tmp_path / "t.npz", budget="64MiB")
+
+
+def test_a_table_that_says_nothing_is_doubted(flowers: pd.DataFrame) -> None:
+    generator = np.random.default_rng(0)
+    table = pd.DataFrame({"x": generator.normal(size=90), "kind": generator.integers(0, 3, 90)})
+    notes = woodbury.clean(table, label="kind").summary["notes"]
+    assert len(notes) == 1
+    assert "say too little about 'kind'" in notes[0]
+    assert "--task regression" in notes[0]
+    assert woodbury.clean(flowers, label="kind").summary["notes"] == []

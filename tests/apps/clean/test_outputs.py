@@ -130,6 +130,7 @@ def test_cleaned_npz(tmp_path: Path) -> None:
     "values",
     [
         pd.Series([1, 2, 3] * 4, dtype="int64"),
+        pd.Series([1, 2, 3] * 4, dtype="uint8"),
         pd.Series([1.0, 2.0, 3.0] * 4),
         pd.Series(["a", "b", "c"] * 4, dtype="string"),
         pd.Series(["a", "b", "c"] * 4, dtype=object),

@@ -20,8 +20,13 @@ def kind(values: Any, text: bool = False) -> Column:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([1.5, 2.0, None], "numeric"),
-        ([3, 1, 2] * 10, "numeric"),
+        ([1.5, 2.0, 2.5, None], "numeric"),
+        ([3, 1, 2, 4, 9, 8, 7] * 10, "numeric"),
+        ([3.5, 1, 2] * 10, "numeric"),
+        ([3, 1, 2] * 10, "levels"),
+        ([3, 1, None, 2] * 10, "levels"),
+        ([3, 1, None] * 10, "boolean"),
+        ([3.5, 1.5] * 10, "boolean"),
         ([True, False, None], "boolean"),
         ([True, False], "boolean"),
         (["red", "blue", None] * 5, "categorical"),

@@ -26,7 +26,7 @@ def prepared(table: Any, **options: Any) -> Prepared:
 def test_every_kind_together() -> None:
     table = frame(
         yes=[True, False] * 30,
-        gaps=[1.0, None, 3.5] * 20,
+        gaps=[1.0, None, 3.5, 7.0] * 15,
         color=["red", "blue", "green", "red"] * 15,
         day=pd.date_range("2024-01-01", periods=60).astype(str),
         words=[" ".join(generator.choice(list("abcdefgh"), 6)) for _ in range(60)],
@@ -52,6 +52,21 @@ def test_every_kind_together() -> None:
     assert [fraction for _, fraction in seen] == sorted(fraction for _, fraction in seen)
     assert seen[-1][1] == 1.0
     assert any("'empty'" in note for note in result.notes)
+
+
+def test_two_values_become_zero_and_one() -> None:
+    table = frame(rare=[7] + [3] * 59, gap=[1.0, None, 5.0] * 20)
+    X = prepared(table).X
+    assert X[:2, 0].tolist() == [1, 0]
+    assert X[:3, 1].tolist() == [0, 0.5, 1]
+    assert X[:3, 3].tolist() == [0, 1, 0]  # the mark of missing values
+
+
+def test_codes_are_used_both_as_numbers_and_as_categories() -> None:
+    result = prepared(frame(code=[4, 1, 2, 3] * 15))
+    assert result.columns[0]["kind"] == "levels"
+    assert result.X.shape == (60, 6)
+    assert (result.X[:, 2:].sum(axis=1) == 1).all()
 
 
 def test_order_of_rows_and_labels_is_kept(tmp_path: Path) -> None:

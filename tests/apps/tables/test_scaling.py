@@ -24,6 +24,8 @@ def test_pixels_share_a_unit() -> None:
         load_digits().data[:, :12],  # too few columns to tell
         np.where(generator.random((50, 20)) < 0.1, np.nan, 1.0),
         np.ones((10, 20)),
+        generator.integers(1, 5, size=(300, 60)),  # codes of letters
+        generator.integers(0, 2, size=(300, 60)).astype(float),
     ],
 )
 def test_other_tables_do_not(rows: np.ndarray) -> None:
@@ -31,8 +33,8 @@ def test_other_tables_do_not(rows: np.ndarray) -> None:
 
 
 def test_answers_on_one_scale_share_a_unit() -> None:
-    rows = generator.integers(1, 6, size=(300, 20))
-    assert shared_unit(rows) == "all 20 columns run from 1 to 5"
+    rows = generator.integers(1, 11, size=(300, 20))
+    assert shared_unit(rows) == "all 20 columns run from 1 to 10"
 
 
 def test_joint_scaling_keeps_the_ratio_of_distances() -> None:

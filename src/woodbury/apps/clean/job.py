@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CleanResult", "clean"]
 
+# Above this share of suspects the table is more likely uninformative than wrong.
+DOUBTFUL_SHARE = 0.35
+
 
 @dataclass
 class CleanResult:
@@ -255,7 +258,7 @@ def _assemble(
             "image_shape": prepared.image_shape,
             "columns": prepared.columns,
         },
-        "notes": prepared.notes,
+        "notes": prepared.notes + _doubts(suspects, prepared, table.label),
         "settings": settings.as_json(),
         "certificate": answer.certificate,
         "history": answer.history,
@@ -266,6 +269,22 @@ def _assemble(
         keep = labels.present
         summary |= score(answer.error_probability, suggested[keep], truth[keep], given[keep])
     return CleanResult(rows, plain(summary), answer.probabilities, None, table, prepared)
+
+
+def _doubts(suspects: int, prepared: Prepared, label: str) -> list[str]:
+    """Say so where the answer itself is doubtful."""
+    labels = prepared.labels
+    share = suspects / max(1, int(labels.present.sum()))
+    if share < DOUBTFUL_SHARE:
+        return []
+    note = (
+        f"{share:.0%} of the labels look wrong. Unless you know them to be that bad, it is more "
+        f"likely that the other columns say too little about {label!r}: look at the first "
+        "suspects only, and do not use the cleaned table."
+    )
+    if labels.classes is not None and labels.classes.dtype.kind in "iuf":
+        note += " If its numbers are a quantity, --task regression treats them as one."
+    return [note]
 
 
 def _write(

@@ -47,9 +47,9 @@ class Correction:
         """
         fixed = column.copy()
         places = np.flatnonzero(self.changed)
-        written = dict(zip(self.rows["label"], column, strict=True))
-        if all(self._suggested[i] in written for i in places):
-            fixed.iloc[places] = [written[self._suggested[i]] for i in places]
+        place_of = {label: i for i, label in enumerate(self.rows["label"])}
+        if all(self._suggested[i] in place_of for i in places):
+            fixed.iloc[places] = column.iloc[[place_of[self._suggested[i]] for i in places]].array
             return fixed
         numbers = pd.to_numeric(fixed).to_numpy(dtype=np.float64, copy=True)
         numbers[places] = self._suggested[places]

@@ -38,7 +38,7 @@ def suspect_cards(result: CleanResult, top: int = TOP) -> list[dict[str, Any]]:
         {
             "row": line["row"],
             "given": _show(line["label"]),
-            "suggested": _show(line["suggested_label"]),
+            "suggested": _short(line["suggested_label"]),
             "probability": line["error_probability"],
         }
         for line in chosen.to_dict("records")
@@ -85,44 +85,63 @@ def _add_values(result: CleanResult, cards: list[dict[str, Any]]) -> None:
 
 
 class _Typical:
-    """What is usual in each class, to say where a row is unlike its label's class."""
+    """What is usual, to say where a row is unlike its label's class (or unlike other rows)."""
 
     def __init__(self, result: CleanResult, kinds: dict[str, str]) -> None:
+        assert result.table.frame is not None
         self._rows = result.rows
         self._frame = result.table.frame
+        self._classes = result.prepared.labels.task == "classification"
         self._numeric: dict[str, tuple[dict[Any, float], float]] = {}
         self._categories: dict[str, pd.DataFrame] = {}
-        if result.prepared.labels.task != "classification" or self._frame is None:
-            return
-        trusted = result.rows["error_probability"].to_numpy() <= 0.5
-        picked = np.flatnonzero(trusted)
+        self._sorted: dict[str, np.ndarray] = {}
+        picked = np.flatnonzero(result.prepared.labels.present)
         picked = picked[:: max(1, len(picked) // SAMPLE)]
         labels = result.rows["label"].iloc[picked].to_numpy()
         for name, kind in kinds.items():
             column = self._frame[name].iloc[picked].reset_index(drop=True)
-            if kind == "numeric" and pd.api.types.is_numeric_dtype(column.dtype):
+            if kind in ("numeric", "levels", "boolean") and pd.api.types.is_numeric_dtype(
+                column.dtype
+            ):
                 spread = float(column.quantile(0.75) - column.quantile(0.25)) or float(column.std())
-                medians = column.groupby(labels).median().to_dict()
-                self._numeric[name] = (medians, spread or 1.0)
-            elif kind == "categorical":
+                if self._classes:
+                    medians = column.groupby(labels).median().to_dict()
+                    self._numeric[name] = (medians, spread or 1.0)
+                else:
+                    self._sorted[name] = np.sort(column.dropna().to_numpy())
+            elif kind == "categorical" and self._classes:
                 values = column.astype(str)
                 self._categories[name] = pd.crosstab(values, labels, normalize="columns")
 
     def reasons(self, row: int) -> list[str]:
         """Up to three phrases on what is usual for the suggested label but not the given one."""
-        if self._frame is None:
-            return []
         line = self._rows.iloc[row]
         given, suggested = line["label"], line["suggested_label"]
         found = [
             *self._numeric_reasons(row, given, suggested),
             *self._category_reasons(row, given, suggested),
+            *self._extremes(row),
         ]
         found.sort(key=lambda item: -item[0])
         return [text for _, text in found[:MAX_REASONS]]
 
+    def _extremes(self, row: int) -> list[tuple[float, str]]:
+        found = []
+        for name, values in self._sorted.items():
+            value = self._frame[name].iloc[row]
+            if pd.isna(value):
+                continue
+            below, upto = (np.searchsorted(values, value, side) for side in ("left", "right"))
+            share, word = max(
+                (float(below) / len(values), "higher"), (1 - float(upto) / len(values), "lower")
+            )
+            if share >= 0.9:
+                most = "almost every row" if share > 0.99 else f"{share:.0%} of the rows"
+                text = f"{name} is {_show(value)}, {word} than in {most}"
+                found.append((share, text))
+        return found
+
     def _numeric_reasons(self, row: int, given: Any, suggested: Any) -> list[tuple[float, str]]:
-        assert self._frame is not None
         found = []
         for name, (medians, spread) in self._numeric.items():
             value = self._frame[name].iloc[row]
@@ -138,7 +157,6 @@ class _Typical:
         return found
 
     def _category_reasons(self, row: int, given: Any, suggested: Any) -> list[tuple[float, str]]:
-        assert self._frame is not None
         found = []
         for name, shares in self._categories.items():
             value = str(self._frame[name].iloc[row])
@@ -159,3 +177,8 @@ def _show(value: Any, most: int = 60) -> str:
         return "–"
     text = f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def _short(value: Any) -> str:
+    """A suggestion; a predicted quantity is not known to six digits."""
+    return f"{value:.4g}" if isinstance(value, float) else _show(value)

@@ -15,7 +15,8 @@ MISSING = "(missing)"
 MAX_ONE_HOT = 30  # columns of one categorical column; rarer values share the last
 MAX_LEVELS = 100  # above this many values, hashing
 HASHED = 32
-TEXT_COMPONENTS = 256
+TEXT_COMPONENTS = 512
+MANY_DOCUMENTS = 20_000  # above, half of the components, to bound time and memory
 TEXT_TERMS = 50_000
 # Total variance of a text block: as much as this many numeric columns of variance 1.
 TEXT_WEIGHT = 16.0
@@ -94,8 +95,8 @@ def encode_text(values: pd.Series, seed: int) -> tuple[np.ndarray | None, str]:
         seed: of the randomised SVD.
 
     Returns:
-        float32 ``[n, k]``, ``k <= 256``, and a phrase that says how; None and the reason where
-        there are no words.
+        float32 ``[n, k]``, ``k <= 512`` (256 above 20,000 rows), and a phrase that says how;
+        None and the reason where there are no words.
 
     Source:
         Deerwester et al. 1990, Indexing by latent semantic analysis.
@@ -114,7 +115,8 @@ def encode_text(values: pd.Series, seed: int) -> tuple[np.ndarray | None, str]:
         terms = vectorizer.fit_transform(documents)
     except ValueError:
         return None, "it contains no words that occur twice"
-    k = min(TEXT_COMPONENTS, min(terms.shape) - 1)
+    most = TEXT_COMPONENTS if len(documents) <= MANY_DOCUMENTS else TEXT_COMPONENTS // 2
+    k = min(most, min(terms.shape) - 1)
     if k < 1:
         return None, "it contains a single word"
     encoded = TruncatedSVD(k, random_state=seed).fit_transform(terms).astype(np.float32)

@@ -19,6 +19,7 @@ TEXT_WORDS = 3.0
 TEXT_DISTINCT = 0.2
 # A column of strings is one of numbers if at most this share of them is something else.
 STRAY_SHARE = 0.05
+MAX_CODES = 6
 DATE_PATTERN = (
     r"^\s*(\d{4}[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-]\d{4})([T\s]\d{1,2}:.*)?\s*$"
 )
@@ -30,8 +31,9 @@ class Column:
 
     Attributes:
         name: its name in the table.
-        kind: ``numeric``, ``boolean``, ``categorical``, ``date``, ``text``, or ``unused``.
-        values: the column ``[n]``: float64 for numeric and boolean (NaN where missing),
+        kind: ``numeric``, ``levels`` (3 to 6 whole numbers, which may be codes), ``boolean`` (two
+            values), ``categorical``, ``date``, ``text``, or ``unused``.
+        values: the column ``[n]``: float64 for the first three (NaN where missing),
             datetime64 for dates, strings for the rest (None where missing).
         note: why it is not used, or what was done to it, as a sentence; empty if nothing.
     """
@@ -119,6 +121,18 @@ def _numeric(name: str, values: pd.Series, where: str) -> Column:
             values,
             f"Column {name!r} numbers the rows (all different, without gaps); it is left out.",
         )
+    return _few(found)
+
+
+def _few(found: Column) -> Column:
+    """Tell columns of two numbers, and of few whole numbers, from other numeric ones."""
+    if found.kind != "numeric":
+        return found
+    distinct = found.values.dropna().unique()
+    if len(distinct) == 2:
+        found.kind = "boolean"
+    elif 3 <= len(distinct) <= MAX_CODES and np.all(distinct == np.round(distinct)):
+        found.kind = "levels"
     return found
 
 
@@ -180,7 +194,7 @@ def _mostly_numbers(name: str, column: pd.Series) -> Column:
             f"(row {row}: {column.iloc[row]!r}), which count as missing. Correct them if they are "
             "not."
         )
-    found = _constant_or(Column(name, "numeric", numbers))
+    found = _few(_constant_or(Column(name, "numeric", numbers)))
     found.note = found.note or note
     return found
 

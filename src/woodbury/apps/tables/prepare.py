@@ -19,6 +19,7 @@ __all__ = ["Prepared", "prepare"]
 
 Progress = Callable[[str, float], None]
 STAGE = "preparing columns"
+NUMBERS = ("numeric", "levels", "boolean")
 
 
 @dataclass
@@ -207,10 +208,10 @@ def _pixels(columns: Sequence[Column]) -> tuple[np.ndarray | None, str]:
 
 def _without_copy_of_label(column: Column, labels: Labels) -> Column:
     """A column that repeats the label, errors included, would hide every error: leave it out."""
-    if column.kind not in ("categorical", "numeric", "boolean"):
+    if column.kind not in ("categorical", *NUMBERS):
         return column
     if labels.task == "regression":
-        if column.kind != "numeric":
+        if column.kind not in NUMBERS:
             return column
         values = column.values.to_numpy()
         same = np.array_equal(values, labels.codes, equal_nan=True)
@@ -237,23 +238,11 @@ def _encode(
     notes: list[str],
     report: Progress,
 ) -> tuple[np.ndarray, list[dict[str, object]]]:
-    numeric = [column for column in columns if column.kind in ("numeric", "boolean")]
+    numeric = [column for column in columns if column.kind in NUMBERS]
     _check_budget((n, max(1, len(numeric))), budget_bytes, where)
-    blocks: list[np.ndarray] = []
     uses: list[dict[str, object]] = [_use(column, "", 0) for column in columns]
     by_name = {str(use["name"]): use for use in uses}
-    if numeric:
-        stacked = np.empty((n, len(numeric)), dtype=np.float64)
-        for j, column in enumerate(numeric):
-            stacked[:, j] = column.values.to_numpy()
-            by_name[column.name].update(how="scaled by its own spread", features=1)
-        scaled, marks = scale_columns(stacked)
-        del stacked
-        for j, column in enumerate(numeric):
-            if column.kind == "boolean" and not column.values.isna().any():
-                scaled[:, j] = column.values.to_numpy()
-                by_name[column.name]["how"] = "0 or 1"
-        blocks += [scaled, marks]
+    blocks = _encode_numbers(numeric, n, by_name) if numeric else []
     report(STAGE, 0.7)
     rest = [column for column in columns if column.kind in ("categorical", "date", "text")]
     for i, column in enumerate(rest):
@@ -269,6 +258,34 @@ def _encode(
     X = np.concatenate(blocks, axis=1) if blocks else np.empty((n, 0), dtype=np.float32)
     report(STAGE, 1.0)
     return X, uses
+
+
+def _encode_numbers(
+    numeric: Sequence[Column], n: int, uses: dict[str, dict[str, object]]
+) -> list[np.ndarray]:
+    stacked = np.empty((n, len(numeric)), dtype=np.float64)
+    for j, column in enumerate(numeric):
+        stacked[:, j] = column.values.to_numpy()
+        uses[column.name].update(how="scaled by its own spread", features=1)
+    scaled, marks = scale_columns(stacked)
+    del stacked
+    codes = []
+    for j, column in enumerate(numeric):
+        if column.kind == "boolean":
+            # Scaling would make a rare mark the most important column of all.
+            scaled[:, j] = _zero_one(column.values.to_numpy())
+            uses[column.name]["how"] = "0 or 1"
+        elif column.kind == "levels":
+            values = column.values.to_numpy()
+            levels = np.unique(values[~np.isnan(values)])
+            codes.append((values[:, None] == levels).astype(np.float32))
+            uses[column.name].update(how="scaled, and one-hot", features=1 + len(levels))
+    return [scaled, marks, *codes]
+
+
+def _zero_one(values: np.ndarray) -> np.ndarray:
+    low, high = np.nanmin(values), np.nanmax(values)
+    return np.nan_to_num((values - low) / (high - low), nan=0.5)
 
 
 def _encode_one(column: Column, seed: int) -> tuple[np.ndarray | None, str]:

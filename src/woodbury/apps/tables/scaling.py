@@ -13,6 +13,7 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 __all__ = ["scale_columns", "scale_jointly", "shared_unit"]
 
 MIN_COLUMNS = 16
+MIN_RANGE = 6
 # Beyond this many (robust) standard deviations a value grows only logarithmically.
 TAIL = 4.0
 # scikit-learn works in float64 copies; this many columns at a time bounds them.
@@ -46,16 +47,21 @@ def shared_unit(rows: np.ndarray) -> str:
     if not varies.any():
         return ""
     bottom, top = low.min(), high.max()
+    if top - bottom < MIN_RANGE and _whole(rows):
+        return ""  # answers or codes, of which each column may mean something else
     if np.mean((low == bottom)[varies]) >= 0.9 and np.mean((high == top)[varies]) >= 0.9:
         return f"all {d} columns run from {bottom:g} to {top:g}"
-    whole = rows.dtype.kind in "iub" or all(
-        bool(np.all(rows[:, j] == np.round(rows[:, j]))) for j in range(d)
-    )
     from_zero = bottom == 0 and np.mean(low[varies] == 0) >= 0.9
     # Counts of words have long tails: few of their columns come near the largest count of all.
-    if whole and from_zero and top >= 2 and np.mean(high[varies] >= top / 2) >= 0.5:
+    if _whole(rows) and from_zero and np.mean(high[varies] >= top / 2) >= 0.5:
         return f"all {d} columns are whole numbers from 0 to {top:g}"
     return ""
+
+
+def _whole(rows: np.ndarray) -> bool:
+    return rows.dtype.kind in "iub" or all(
+        bool(np.all(rows[:, j] == np.round(rows[:, j]))) for j in range(rows.shape[1])
+    )
 
 
 def _any_nan(rows: np.ndarray) -> bool:
