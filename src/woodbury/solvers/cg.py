@@ -40,7 +40,9 @@ class CG(Recipe):
 
     The columns of a block share each product and leave the block as they converge. When the
     recurrence claims convergence the true residual is computed; where rounding has let the two
-    drift apart the iteration goes on, or starts again from the iterate it has. If it fails, the
+    drift apart the iteration goes on, or starts again from the iterate it has. It ends with the
+    status ``precision`` where the residual is down to what rounding of ``A`` and ``x`` alone makes
+    it, $\epsilon\,(\|A\|\|x\| + \|b\|)$, and the tolerance is out of reach. If it fails, the
     last iterate is returned: it is the best in the norm that the method minimises,
     $\|x - A^{-1}b\|_A$ (and lowers $\tfrac12 x^H A x - \Re\, b^H x$ from step to step even where
     ``A`` turns out indefinite), while its residual may be larger than one met before. After a
@@ -120,11 +122,20 @@ def _check_preconditioner(M: LinearOperator, A: LinearOperator) -> None:
         )
 
 
+# Steps from one look at the size of rounding to the next.
+_LOOK = 50
+
+
 class _Column:
     """The scalar recurrences of one right-hand side."""
 
-    def __init__(self, index: int, tolerance: float, norm: float, eps: float) -> None:
+    def __init__(
+        self, index: int, tolerance: float, norm: float, b_norm: float, eps: float
+    ) -> None:
         self.index = index
+        self.b_norm = b_norm
+        self.size = 0.0  # largest |A p| / |p| seen: from below, the norm of A
+        self.level = 0.0  # what rounding of A and x makes of the residual
         self.tolerance = tolerance
         self.target = tolerance  # what the norm of the recurrence has to reach
         self.norm = self.best = norm  # of the residual by the recurrence: now, and the smallest
@@ -132,7 +143,10 @@ class _Column:
         self.eps = eps
         self.rz = math.nan
         self.metric = math.nan  # <p, M^-1 p>
-        self.top = 0.0  # largest curvature <p, A p> / <p, M^-1 p> so far
+        # Rows of the tridiagonal matrix of Lanczos, whose eigenvalues are those of M A: by
+        # Gershgorin the largest sum of a row bounds the largest eigenvalue found so far.
+        self.alpha = self.row = self.above = 0.0
+        self.top = 0.0
         self.beta = 0.0
         self.restart = True
         self.status: SolveStatus | None = None
@@ -149,11 +163,15 @@ class _Column:
             )
             return True
         if self.restart:
-            self.beta, self.metric, self.restart = 0.0, rz, False
+            self.beta, self.metric, self.above, self.restart = 0.0, rz, 0.0, False
         else:
-            self.beta = rz / self.rz
+            beta = self.beta = rz / self.rz
             # r is orthogonal to the last p, so the norms of z and beta p in M^-1 add up.
-            self.metric = rz + self.beta**2 * self.metric
+            self.metric = rz + beta * beta * self.metric
+            coupling = math.sqrt(beta) / self.alpha
+            self.above = coupling + beta / self.alpha
+            if self.row + coupling > self.top:
+                self.top = self.row + coupling
         self.rz = rz
         return False
 
@@ -162,11 +180,10 @@ class _Column:
         ratio = curvature / self.metric
         noise = self.eps * self.top
         if noise < ratio < math.inf:
-            if ratio > self.top:
-                self.top = ratio
-            length = self.rz / curvature
-            if length < math.inf:
-                return length
+            alpha = self.alpha = self.rz / curvature
+            if 0 < alpha < math.inf:
+                self.row = self.above + 1 / alpha
+                return alpha
         if not math.isfinite(ratio):
             self.status = SolveStatus.non_finite
         elif ratio < -noise:
@@ -189,15 +206,19 @@ class _Column:
 
     def verify(self, true: float, gap: float) -> None:
         """Take the true residual and its distance from that of the recurrence."""
+        rounding = true <= min(8 * self.level, 0.1 * self.b_norm)
         if true <= self.tolerance:
-            self.status, self.residual = SolveStatus.converged, true
+            self.status = SolveStatus.converged
+        elif rounding and self.tolerance < 0.25 * self.level:
+            self.status = SolveStatus.precision  # to start again would not help
         elif gap < 0.9 * self.tolerance:
             self.target = self.tolerance - gap  # a few steps more will do
         elif true > 0.5 * self.claimed:
-            self.status, self.residual = SolveStatus.stagnation, true
+            self.status = SolveStatus.precision if rounding else SolveStatus.stagnation
         else:
             self.claimed = self.best = self.norm = true
             self.target, self.restart = self.tolerance, True
+        self.residual = true if self.status else None
 
 
 class _Loop:
@@ -216,8 +237,10 @@ class _Loop:
         eps = torch.finfo(self.X.dtype).eps
         known = problem.b_norms if problem.x0 is None else norms(self.space, self.R)
         self.columns = [
-            _Column(j, tolerance, norm, eps)
-            for j, (tolerance, norm) in enumerate(zip(tolerances, known, strict=True))
+            _Column(j, tolerance, norm, b_norm, eps)
+            for j, (tolerance, norm, b_norm) in enumerate(
+                zip(tolerances, known, problem.b_norms, strict=True)
+            )
         ]
         self.all_columns = list(self.columns)
         for column in self.columns:
@@ -239,8 +262,8 @@ class _Loop:
             self.turn()
             if not self.columns:
                 break
-            self.advance()
             step += 1
+            self.advance(look=step % _LOOK == 0 or step == 1)
             self.note(step)
         for column in self.columns:
             column.status = SolveStatus.max_steps
@@ -266,7 +289,7 @@ class _Loop:
         if ended:
             self.leave()
 
-    def advance(self) -> None:
+    def advance(self, *, look: bool) -> None:
         """One product, one step along each direction, and what is to be done about its result."""
         Q = self.problem.product(self.P)
         curvatures = dots(self.space, self.P, Q)
@@ -290,10 +313,24 @@ class _Loop:
         if rising:
             self.keep_best(rising)
         add_columns(self.X, lengths, self.P, out=self.X)
+        if claims or look:
+            self.measure(Q)
+        if look:
+            claims = [j for j, c in enumerate(self.columns) if c.norm <= max(c.target, c.level)]
         if claims:
             self.verify(claims)
         if claims or ended:
             self.leave()
+
+    def measure(self, Q: Tensor) -> None:
+        """How large rounding in ``A`` and ``x`` makes the residual: eps (|A| |x| + |b|)."""
+        eps = torch.finfo(self.problem.A.dtype).eps
+        sizes = zip(*(norms(self.space, T) for T in (self.X, self.P, Q)), strict=True)
+        for column, (x, p, q) in zip(self.columns, sizes, strict=True):
+            column.size = max(column.size, q / p)
+            if self.precondition is None:
+                column.size = max(column.size, column.row, column.top)
+            column.level = eps * (column.size * x + column.b_norm)
 
     def keep_best(self, rising: Sequence[int]) -> None:
         """Keep the iterate of smallest residual, in case the curvature vanishes further on."""

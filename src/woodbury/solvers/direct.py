@@ -36,7 +36,10 @@ class FactorState(State):
 
 @dataclass(frozen=True)
 class Direct(Recipe):
-    """Base of recipes that hold an exact inverse: ``_apply`` is it, up to rounding."""
+    """Base of recipes that hold an exact inverse: ``_apply`` is it, up to rounding.
+
+    Their tolerance is the square root of the machine epsilon of the operator's dtype.
+    """
 
     def _run(self, problem: Problem, state: Any) -> Outcome:
         A, b = problem.A, problem.b
@@ -72,7 +75,7 @@ class Direct(Recipe):
     def _verdict(
         self, problem: Problem, state: Any, X: Tensor, found: list[float]
     ) -> list[SolveStatus]:
-        """Converged where the residual is explained by rounding of ``A`` and ``x`` alone."""
+        """Whether the residual is small, or else explained by rounding of ``A`` and ``x`` alone."""
         eps = torch.finfo(problem.A.dtype).eps
         room = 10 * eps * math.sqrt(problem.A.shape[0])
         statuses = []
@@ -80,8 +83,12 @@ class Direct(Recipe):
         for r, size, norm in zip(found, sizes, problem.b_norms, strict=True):
             if not math.isfinite(r):
                 statuses.append(SolveStatus.non_finite)
-            elif r <= room * (state.norm * size + norm):
+            elif r <= math.sqrt(eps) * norm:
                 statuses.append(SolveStatus.converged)
+            elif eps * state.norm * size > 0.1 * norm:
+                statuses.append(SolveStatus.singular)
+            elif r <= room * (state.norm * size + norm):
+                statuses.append(SolveStatus.precision)
             else:
                 statuses.append(SolveStatus.stagnation)
         return statuses

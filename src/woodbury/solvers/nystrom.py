@@ -43,10 +43,10 @@ class Nystrom(Recipe):
 
     A multiple of the identity in a sum (``H + mu * Identity(n)``) is recognised, and the sketch is
     of ``H`` alone. Elsewhere $\mu = 0$; sparse and block diagonal operators, for example, take the
-    multiple in. ``damping`` $\rho$ is added on top, so that an operator given without damping has an
-    inverse: the answer then approximates $(A + \rho I)^{-1}b$, while the residual stays that of
+    multiple in. ``damping`` $\rho$ is added on top, so that an operator given without damping has
+    an inverse: the answer then approximates $(A + \rho I)^{-1}b$, while the residual stays that of
     $A x = b$ itself. To have the residual of the damped system, solve with
-    ``A + rho * Identity(n)``. The status is ``completed``: the residual says how good the answer is.
+    ``A + rho * Identity(n)``. The status is ``completed``: how good it is, the residual says.
 
     As ``CG(preconditioner=Nystrom(rank))`` it stands for
     $(\lambda_r + \mu + \rho)\,U(\Lambda + \mu + \rho)^{-1}U^H + I - UU^H$, and the answer is that

@@ -28,6 +28,10 @@ class SolveStatus(Enum):
     """
 
     converged = "the true residual is within the tolerance"
+    precision = (
+        "the residual is above the tolerance, but as small as rounding in this dtype lets it be at "
+        "this condition number: for a smaller one use float64 or add damping"
+    )
     completed = (
         "the fixed work of this recipe is done; it aims at no tolerance, so read the residual "
         "before trusting the value"
@@ -37,8 +41,8 @@ class SolveStatus(Enum):
         "preconditioner, for example Nystrom(rank=20)"
     )
     stagnation = (
-        "the true residual stopped falling above the tolerance, rounding allows no more at this "
-        "condition number: loosen rtol, use float64, add damping or a better preconditioner"
+        "the true residual stopped falling above the tolerance: loosen rtol, use float64, add "
+        "damping or give a better preconditioner"
     )
     inconsistent = (
         "A is singular and b is not in its range, so A x = b has no solution: the value is the "
@@ -72,7 +76,7 @@ class SolveStatus(Enum):
     @property
     def ok(self) -> bool:
         """Whether the recipe did what it promises."""
-        return self in (SolveStatus.converged, SolveStatus.completed)
+        return self in (SolveStatus.converged, SolveStatus.precision, SolveStatus.completed)
 
     @staticmethod
     def worst(statuses: Iterable[SolveStatus]) -> SolveStatus:

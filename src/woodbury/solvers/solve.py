@@ -254,7 +254,9 @@ def _solve_block(
         outcome = recipe._run(problem, state)
         scales = torch.tensor(problem.scales, dtype=work, device=B.device)
         X = outcome.value if outcome.value.dim() == 2 else outcome.value.unsqueeze(1)
-        X = X if all(scale == 1 for scale in problem.scales) else X * scales
+        if any(scale != 1 for scale in problem.scales):
+            X = X * scales
+            _mark_overflow(X, outcome)
         value = X if len(active) == k else value.index_copy(1, _index(active, B.device), X)
         residual[active] = _true_residuals(problem, outcome)
         for j, status in zip(active, outcome.statuses, strict=True):
@@ -276,8 +278,22 @@ def _solve_block(
         state=state,
         column_status=tuple(statuses) if block else None,
         history=history,
-        info=outcome.info,
+        info=_of_all_columns(outcome.info, active, k),
     )
+
+
+def _of_all_columns(info: dict[str, Any], active: Sequence[int], k: int) -> dict[str, Any]:
+    """What a recipe says of the columns it was given, for the columns that the caller gave."""
+    if len(active) == k:
+        return info
+    found = dict(info)
+    if "column_steps" in info:
+        found["column_steps"] = [0] * k
+        for j, steps in zip(active, info["column_steps"], strict=True):
+            found["column_steps"][j] = steps
+    if "column" in info:
+        found["column"] = active[info["column"]]
+    return found
 
 
 def _problem(
@@ -320,6 +336,13 @@ def _problem(
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _mark_overflow(X: Tensor, outcome: Outcome) -> None:
+    """A solution may leave the range of the dtype although its scaled version was in it."""
+    for j, finite in enumerate(torch.isfinite(X).all(dim=0).tolist()):
+        if not finite:
+            outcome.statuses[j] = SolveStatus.non_finite
 
 
 def _index(columns: Sequence[int], device: torch.device) -> Tensor:
