@@ -84,7 +84,7 @@ $(PEERS_VENV)/.installed: pyproject.toml $(wildcard $(PEERS)/requirements.txt $(
 	fi
 
 bench: $(VENV)/.installed-dev $(PEERS_VENV)/.installed
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf build dist site woodbury-report src/*.egg-info \

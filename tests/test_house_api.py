@@ -48,8 +48,10 @@ def find(path: str) -> object:
 
 
 def needs_example(value: object) -> bool:
-    # An exception is met, not called; a constant has nothing to call.
-    return callable(value) and not (inspect.isclass(value) and issubclass(value, BaseException))
+    # An exception is met, not called; a constant or an alias of a type has nothing to call.
+    if inspect.isclass(value):
+        return not issubclass(value, BaseException)
+    return inspect.isfunction(value)
 
 
 @pytest.mark.parametrize("path", public_names())
@@ -65,6 +67,14 @@ def test_public_name_has_a_docstring_with_an_example(path: str) -> None:
     docstring = inspect.getdoc(value) or ""
     assert docstring, f"{path} has no docstring"
     assert ">>>" in docstring, f"the docstring of {path} has no runnable example"
+
+
+def test_every_recipe_is_in_the_table_of_methods() -> None:
+    table = (ROOT / "docs" / "methods.md").read_text()
+    for name in woodbury.solvers.__all__:
+        value = getattr(woodbury.solvers, name)
+        if inspect.isclass(value) and issubclass(value, woodbury.solvers.Recipe):
+            assert value is woodbury.solvers.Recipe or f"`{name}" in table, name
 
 
 def test_docs_name_only_what_exists() -> None:

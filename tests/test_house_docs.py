@@ -81,7 +81,7 @@ def help_of(command: str) -> str:
 
 def check_command(line: str) -> None:
     """Check that a shell line names a command, and options of it, that exist."""
-    words = line.split()
+    words = line.removeprefix(".venv/bin/").split()
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
     elif words[0] == "woodbury":
