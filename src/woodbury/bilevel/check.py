@@ -31,6 +31,16 @@ class HypergradientCheck:
         unrolled: the same from differentiating gradient descent, where asked for.
         tolerance: relative error allowed.
         hypergradient: the implicit result, with its certificate.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Cholesky, check_hypergradient
+        >>> inner = lambda w, a: ((w - a) ** 2 + 0.1 * w**4).sum()
+        >>> outer = lambda w, a: (w**2).sum()
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> check = check_hypergradient(inner, outer, one, one, Cholesky(), directions=1)
+        >>> check.ok, bool(check.error.max() < 1e-6)
+        (True, True)
     """
 
     implicit: Tensor

@@ -34,6 +34,19 @@ class Hypergradient:
         outer_error: $\langle q, \nabla_w g\rangle$ with $q = H^{-1}\nabla_w f$: to first order how
             far $f(w)$ is from $f(w^*)$ because the inner problem is not solved. It costs nothing.
         solution: the linear solve $H q = \nabla_w f$, with its status and true residual.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, hypergradient
+        >>> inner = lambda w, a: 0.5 * (w - a).square().sum()
+        >>> outer = lambda w, a: w.sum()
+        >>> result = hypergradient(inner, outer, torch.tensor([0.9]), torch.ones(1), CG())
+        >>> result.value
+        tensor([1.])
+        >>> round(result.outer_error, 3)  # w is 0.9, not 1: the outer loss is off by that
+        -0.1
+        >>> result.certificate()["solve_status"]
+        'the true residual is within the tolerance'
     """
 
     value: Tensors

@@ -28,6 +28,15 @@ class Lanczos:
         remainder: $\beta_m$; 0 where the Krylov space is exhausted, so that $T$ holds exact
             eigenvalues.
         products: columns that ``A`` was multiplied by.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Diagonal
+        >>> from woodbury.decompositions import lanczos
+        >>> A = Diagonal(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+        >>> values, _, errors = lanczos(A, 3, start=torch.ones(3).double()).ritz()
+        >>> values
+        tensor([1.0000, 2.0000, 4.0000], dtype=torch.float64)
     """
 
     basis: Tensor

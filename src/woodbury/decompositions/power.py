@@ -25,6 +25,14 @@ class ExtremeEigenvalues:
         smallest_error: within this of ``smallest`` there is an eigenvalue.
         largest_error: within this of ``largest`` there is an eigenvalue.
         products: columns that the operator was multiplied by.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Diagonal
+        >>> from woodbury.decompositions import extreme_eigenvalues
+        >>> found = extreme_eigenvalues(Diagonal(torch.linspace(1.0, 3.0, 100)), 30)
+        >>> round(found.smallest, 3), round(found.largest, 3)
+        (1.0, 3.0)
     """
 
     smallest: float

@@ -39,6 +39,19 @@ class LeaveOneOut:
         suboptimality: $\frac12 g^T H^{-1} g$, to second order what the objective is above its
             minimum.
         report: the solves with the curvature: statuses and the worst true residual.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Objective, leave_one_out
+        >>> model = torch.nn.Linear(1, 1, bias=False).double()
+        >>> x, y = torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[1.0], [1.0]]).double()
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(3 / 5)
+        >>> left_out = leave_one_out(Objective(model, "mse", (x, y)))
+        >>> left_out.leverage  # they sum to the number of parameters
+        tensor([0.2000, 0.8000], dtype=torch.float64)
+        >>> left_out.certificate()["ok"]
+        True
     """
 
     predictions: Tensor

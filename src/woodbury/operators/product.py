@@ -27,6 +27,14 @@ class Product(LinearOperator):
         tags: tags beside those that follow from the factors.
 
     Cost: a product costs one product with each factor.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import Diagonal, FunctionOperator
+        >>> shift = FunctionOperator(lambda X: X.roll(1, 0), (3, 3), lambda X: X.roll(-1, 0))
+        >>> congruence = shift @ Diagonal(torch.tensor([1.0, 2.0, 3.0])) @ shift.T
+        >>> congruence @ torch.ones(3), "symmetric" in congruence.tags
+        (tensor([3., 1., 2.]), True)
     """
 
     def __init__(self, factors: Sequence[LinearOperator], *, tags: Iterable[str] = ()) -> None:

@@ -22,6 +22,13 @@ class Scaled(LinearOperator):
         operator: ``A``.
 
     Cost: a product costs one with ``A`` and ``m k`` multiplications.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import FunctionOperator
+        >>> A = FunctionOperator(lambda X: X.cumsum(0), (3, 3), tags={"lower_triangular"})
+        >>> (-2.0 * A) @ torch.ones(3)
+        tensor([-2., -4., -6.])
     """
 
     def __init__(self, factor: complex | Tensor, operator: LinearOperator) -> None:

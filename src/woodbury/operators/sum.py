@@ -23,6 +23,13 @@ class Sum(LinearOperator):
         terms: operators of one shape, dtype and device.
 
     Cost: a product costs one product with each term.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import FunctionOperator, Identity
+        >>> shift = FunctionOperator(lambda X: X.roll(1, 0), (3, 3), lambda X: X.roll(-1, 0))
+        >>> (shift + 2.0 * Identity(3)) @ torch.tensor([1.0, 0.0, 0.0])
+        tensor([2., 1., 0.])
     """
 
     def __init__(self, terms: Sequence[LinearOperator]) -> None:

@@ -38,6 +38,13 @@ class Transpose(_Flipped):
 
     Args:
         operator: ``A``.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import FunctionOperator
+        >>> shift = FunctionOperator(lambda X: X.roll(1, 0), (3, 3), lambda X: X.roll(-1, 0))
+        >>> shift.T @ torch.tensor([1.0, 2.0, 3.0])
+        tensor([2., 3., 1.])
     """
 
     def _matmat(self, X: Tensor) -> Tensor:
@@ -65,6 +72,14 @@ class Adjoint(_Flipped):
 
     Args:
         operator: ``A``.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import FunctionOperator
+        >>> complex64 = torch.complex64
+        >>> turn = FunctionOperator(lambda X: 1j * X, (2, 2), lambda X: -1j * X, dtype=complex64)
+        >>> turn.H @ torch.ones(2, dtype=complex64)
+        tensor([0.-1.j, 0.-1.j])
     """
 
     def _matmat(self, X: Tensor) -> Tensor:
