@@ -92,7 +92,7 @@ def test_logistic_regression_follows_refits() -> None:
 
 @pytest.mark.slow
 def test_digits_500_rows_follow_refits() -> None:
-    assert refit_correlation(500, 10, range(500), 1e-3) > 0.999
+    assert refit_correlation(500, 10, range(0, 500, 5), 1e-3) > 0.999
 
 
 def test_leaving_out_moves_away_from_the_label() -> None:

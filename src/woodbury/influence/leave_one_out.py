@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from woodbury.curvature import GaussNewton, Objective
 from woodbury.curvature.batches import Batch
 from woodbury.errors import ArgumentError, ShapeError, StructureError
-from woodbury.operators import LinearOperator
-from woodbury.solvers import CG, Cholesky, Recipe, SolveReport, inverse
+from woodbury.operators import Dense, LinearOperator
+from woodbury.solvers import CG, Cholesky, Eigh, Recipe, SolveReport, inverse
 
 __all__ = ["LeaveOneOut", "leave_one_out"]
 
@@ -147,6 +147,10 @@ def leave_one_out(
         )
     if recipe is None:
         recipe = Cholesky() if operator.shape[0] <= _DENSE_LIMIT else CG()
+    if isinstance(recipe, Cholesky | Eigh):
+        # These recipes form the matrix anyway; formed here, the residuals of the N C solves are
+        # products with it instead of passes over the data.
+        operator = Dense(operator.to_dense(), tags=operator.tags)
     report = SolveReport()
     inverted = inverse(operator, recipe, report=report)
 
