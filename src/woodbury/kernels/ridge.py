@@ -22,10 +22,9 @@ EXACT_MATRICES = 4
 
 @dataclass(frozen=True)
 class KernelRidge:
-    r"""Kernel ridge regression with row weights:
-    $\min_f \sum_i w_i \|y_i - f(x_i)\|^2 + \lambda \|f\|_k^2$.
+    r"""Kernel ridge regression with row weights and closed-form leave-one-out.
 
-    With $G = K + \lambda W^{-1}$ and $\alpha = G^{-1} Y$, the prediction of each row by the fit
+    It minimises $\sum_i w_i \|y_i - f(x_i)\|^2 + \lambda \|f\|_k^2$. With $G = K + \lambda W^{-1}$ and $\alpha = G^{-1} Y$, the prediction of each row by the fit
     that did not see it is closed form,
 
     $$f_{-i}(x_i) = y_i - \alpha_i / [G^{-1}]_{ii}.$$
@@ -222,7 +221,7 @@ class KernelRidgeFit:
 
     def certificate(self) -> dict[str, float | int | str | bool]:
         """What inverse was used and how well it solves, in numbers and words."""
-        common = {
+        common: dict[str, float | int | str | bool] = {
             "penalty": self.ridge.penalty,
             "lengthscale": self.ridge.kernel.lengthscale,
             "effective_dimension": self.fit.leverage.sum().item(),
