@@ -353,7 +353,7 @@ class OperatorConformance:
                 A.columns(index + 1)
 
     def test_inverse(self) -> None:
-        for A, M in self.make():
+        for A, _ in self.make():
             if not A.is_square:
                 with pytest.raises(ShapeError, match="square"):
                     A.inverse()
@@ -381,7 +381,7 @@ class OperatorConformance:
                 self._check(B.inverse(), torch.linalg.inv(N))
 
     def test_logdet(self) -> None:
-        for A, M in self.make():
+        for A, _ in self.make():
             if not A.is_square:
                 with pytest.raises(ShapeError, match="square"):
                     A.logdet()

@@ -162,7 +162,12 @@ class Space:
         return torch.linalg.vector_norm(x, dim=0)
 
     def __eq__(self, other: Any) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
+        # Mappings compare equal in any order; the flat vector has one.
+        return (
+            type(other) is type(self)
+            and vars(other) == vars(self)
+            and list(other.shapes) == list(self.shapes)
+        )
 
     def __hash__(self) -> int:
         return hash((type(self), tuple(self.shapes.items()), self.dtype, self.device))

@@ -60,13 +60,13 @@ class TestProduct(OperatorConformance):
     def make(self):
         cases = []
         for dtype in DTYPES:
-            (A, M), (B, N), (C, O) = pair(dtype, 3, 4), pair(dtype, 4, 5), pair(dtype, 5, 3)
+            (A, M), (B, N), (C, K) = pair(dtype, 3, 4), pair(dtype, 4, 5), pair(dtype, 5, 3)
             (S, T), (d, _) = pair(dtype, 3, 3), pair(dtype, 3, 1)
             Q = torch.linalg.qr(S).Q
             D = Diagonal(d[:, 0].abs().to(dtype) + 1, tags={"positive_definite"})
             P = Dense(Q, tags={"unitary"})
             cases += [
-                (function(A) @ Dense(B) @ function(C), M @ N @ O),
+                (function(A) @ Dense(B) @ function(C), M @ N @ K),
                 (Dense(A) @ Dense(B), M @ N),
                 (Dense(S) @ D, T @ torch.diag(wide(D.values))),
                 (P @ D @ P.H, wide(Q) @ torch.diag(wide(D.values)) @ wide(Q).mH),

@@ -95,17 +95,17 @@ def expressions(draw, dtype, depth):
     )
     A, M = draw(expressions(dtype, depth - 1))
     if rule in ("sum", "difference", "product", "congruence"):
-        B, O = draw(expressions(dtype, draw(st.integers(0, depth - 1))))
+        B, K = draw(expressions(dtype, draw(st.integers(0, depth - 1))))
     if rule == "sum":
-        return A + B, M + O
+        return A + B, M + K
     if rule == "difference":
-        return A - B, M - O
+        return A - B, M - K
     if rule == "product":
-        return A @ B, M @ O
+        return A @ B, M @ K
     if rule == "congruence":
         if draw(st.booleans()):
-            return B @ A @ B.H, O @ M @ O.mH
-        return B @ A @ B.T, O @ M @ O.mT
+            return B @ A @ B.H, K @ M @ K.mH
+        return B @ A @ B.T, K @ M @ K.mT
     if rule == "gram":
         return A.H @ A, M.mH @ M
     if rule == "T":

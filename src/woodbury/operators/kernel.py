@@ -64,7 +64,7 @@ class Kernel(LinearOperator):
         z: Tensor | None = None,
         *,
         kernel: Callable[[Tensor, Tensor], Tensor],
-        block_bytes: int = 64 * 2**20,
+        block_bytes: int = 32 * 2**20,
         tags: Iterable[str] = (),
         space: Space | None = None,
     ) -> None:
