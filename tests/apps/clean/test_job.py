@@ -105,6 +105,9 @@ def test_progress_can_be_followed(flowers: pd.DataFrame, capsys: Any) -> None:
         "writing",
     ]
     assert capsys.readouterr().err == ""
+    for quiet in (False, None):  # the tests' standard error is no terminal
+        woodbury.clean(flowers, label="kind", progress=quiet)
+        assert capsys.readouterr().err == ""
     woodbury.clean(flowers, label="kind", progress=True)
     assert "fitting" in capsys.readouterr().err
 

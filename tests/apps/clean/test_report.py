@@ -94,12 +94,19 @@ def test_images(digits: Any, tmp_path: Path) -> None:
     assert len(page.html) < 300_000
 
 
-def test_table_rows_say_what_stands_out(flowers_csv: Path, tmp_path: Path) -> None:
+def test_table_rows_say_what_stands_out(
+    flowers: pd.DataFrame, flowers_csv: Path, tmp_path: Path
+) -> None:
+    flowers["wild"] = flowers["petals"] < 15
+    flowers["day"] = "2024-05-01"
+    flowers.loc[::2, "day"] = "2024-06-01"
+    flowers.to_csv(flowers_csv, index=False)
     page = page_of(flowers_csv, tmp_path, label="kind")
     check_alone_and_accessible(page)
     assert "Label check of flowers.csv" in page.text
     assert "usual for tulip is" in page.text
     assert "color is red, as in 9" in page.text
+    assert "wild is False, as in 100% of rose" in page.text
     assert f"woodbury clean {flowers_csv} --label kind --trusted checked.txt" in page.text
     assert "Compared with the truth" not in page.text
 

@@ -101,7 +101,7 @@ def clean(
     resume: bool = False,
     format: str = "auto",
     truth: Sequence[Any] | np.ndarray | None = None,
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
 ) -> CleanResult:
     """Find the labels of a table that are probably wrong, and suggest better ones.
 
@@ -127,7 +127,8 @@ def clean(
         format: of the files: ``"auto"`` (that of the table, CSV for a data frame), ``"csv"`` or
             ``"parquet"``.
         truth: the true labels ``[n]``, if they are known, to score the answer.
-        progress: True to show progress on standard error, or a function of (stage, fraction).
+        progress: True or False to show progress on standard error or not (by default, where that
+            is a terminal), or a function of (stage, fraction).
 
     Returns:
         The :class:`CleanResult`.
@@ -156,7 +157,8 @@ def clean(
         raise DataError(f"There is no file {trusted} (--trusted). Check the spelling.")
     folder = RunFolder.open(Path(out), resume) if out is not None else None
     forward = progress if callable(progress) else None
-    with Display(forward=forward, quiet=not progress or forward is not None) as display:
+    shown = sys.stderr.isatty() if progress is None else progress is True
+    with Display(forward=forward, quiet=not shown) as display:
         display("reading the table", 0.0)
         source = read_table(table, label, text=settings.text)
         prepared = prepare(

@@ -100,16 +100,14 @@ class _Typical:
         labels = result.rows["label"].iloc[picked].to_numpy()
         for name, kind in kinds.items():
             column = self._frame[name].iloc[picked].reset_index(drop=True)
-            if kind in ("numeric", "levels", "boolean") and pd.api.types.is_numeric_dtype(
-                column.dtype
-            ):
+            if kind in ("numeric", "levels", "boolean") and column.dtype.kind in "iuf":
                 spread = float(column.quantile(0.75) - column.quantile(0.25)) or float(column.std())
                 if self._classes:
                     medians = column.groupby(labels).median().to_dict()
                     self._numeric[name] = (medians, spread or 1.0)
                 else:
                     self._sorted[name] = np.sort(column.dropna().to_numpy())
-            elif kind == "categorical" and self._classes:
+            elif kind in ("categorical", "boolean") and self._classes:
                 values = column.astype(str)
                 self._categories[name] = pd.crosstab(values, labels, normalize="columns")
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from woodbury.errors import DataError
 
-__all__ = ["LARGEST", "Column", "classify"]
+__all__ = ["LARGEST", "Column", "classify", "more_distinct_than"]
 
 SAMPLE = 1000
 LARGEST = 1e30  # beyond it squares overflow in float32, which models compute in
@@ -126,7 +126,7 @@ def _numeric(name: str, values: pd.Series, where: str) -> Column:
 
 def _few(found: Column) -> Column:
     """Tell columns of two numbers, and of few whole numbers, from other numeric ones."""
-    if found.kind != "numeric":
+    if found.kind != "numeric" or more_distinct_than(found.values, MAX_CODES):
         return found
     distinct = found.values.dropna().unique()
     if len(distinct) == 2:
@@ -141,6 +141,16 @@ def _is_row_number(array: np.ndarray) -> bool:
     if n < 20 or np.isnan(array[0]) or np.nanmax(array) - np.nanmin(array) != n - 1:
         return False
     return bool(np.all(array == np.round(array)) and len(np.unique(array)) == n)
+
+
+def more_distinct_than(values: pd.Series, count: int) -> bool:
+    """Whether the first rows alone have more than ``count`` values: saves hashing a long column.
+
+    Example:
+        >>> more_distinct_than(pd.Series([1, 2, 3]), 2)
+        True
+    """
+    return bool(values.iloc[:SAMPLE].nunique() > count)
 
 
 def _strings(name: str, column: pd.Series, forced_text: bool) -> Column:
@@ -219,7 +229,7 @@ def _dates(name: str, column: pd.Series) -> Column | None:
 
 
 def _constant_or(found: Column) -> Column:
-    if found.values.nunique(dropna=False) > 1:
+    if more_distinct_than(found.values, 1) or found.values.nunique(dropna=False) > 1:
         return found
     value = found.values.iloc[0]
     shown = f"{value:g}" if isinstance(value, float) else repr(str(value))

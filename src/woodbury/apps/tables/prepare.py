@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from woodbury.apps.tables.encode import encode_categories, encode_dates, encode_text
-from woodbury.apps.tables.kinds import LARGEST, Column, classify
+from woodbury.apps.tables.kinds import LARGEST, Column, classify, more_distinct_than
 from woodbury.apps.tables.labels import Labels, prepare_labels
 from woodbury.apps.tables.scaling import scale_columns, scale_jointly, shared_unit
 from woodbury.apps.tables.source import Table
@@ -216,6 +216,8 @@ def _without_copy_of_label(column: Column, labels: Labels) -> Column:
         values = column.values.to_numpy()
         same = np.array_equal(values, labels.codes, equal_nan=True)
     else:
+        if more_distinct_than(column.values, labels.n_classes):
+            return column
         codes, found = pd.factorize(column.values)
         if len(found) != labels.n_classes or ((codes < 0) != (labels.codes < 0)).any():
             return column

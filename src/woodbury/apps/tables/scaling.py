@@ -14,6 +14,8 @@ __all__ = ["scale_columns", "scale_jointly", "shared_unit"]
 
 MIN_COLUMNS = 16
 MIN_RANGE = 6
+# Interquartile range of a standard normal variable: with it, normal columns get variance 1.
+NORMAL_IQR = 1.3489795
 # Beyond this many (robust) standard deviations a value grows only logarithmically.
 TAIL = 4.0
 # scikit-learn works in float64 copies; this many columns at a time bounds them.
@@ -116,10 +118,14 @@ def scale_columns(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _robust(strip: np.ndarray) -> np.ndarray:
-    scaler = RobustScaler(unit_variance=True, copy=False).fit(strip)
-    flat = np.flatnonzero(np.subtract(*np.percentile(strip, [75, 25], axis=0)) == 0)
+    scaler = RobustScaler(copy=False).fit(strip)
+    # scikit-learn writes 1 for an interquartile range of 0: look again only where it may be one.
+    flat = np.flatnonzero(scaler.scale_ == 1)
+    if len(flat):
+        flat = flat[np.subtract(*np.percentile(strip[:, flat], [75, 25], axis=0)) == 0]
     fallback = StandardScaler().fit_transform(strip[:, flat]) if len(flat) else None
     strip = scaler.transform(strip)
+    strip *= NORMAL_IQR
     if fallback is not None:
         strip[:, flat] = fallback
     return strip
