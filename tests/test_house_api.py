@@ -49,7 +49,10 @@ def find(path: str) -> object:
 
 
 def has_module(path: str) -> bool:
-    return importlib.util.find_spec(path) is not None
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:  # the room is one file
+        return False
 
 
 def needs_example(value: object) -> bool:

@@ -24,8 +24,9 @@ EXACT_MATRICES = 4
 class KernelRidge:
     r"""Kernel ridge regression with row weights and closed-form leave-one-out.
 
-    It minimises $\sum_i w_i \|y_i - f(x_i)\|^2 + \lambda \|f\|_k^2$. With $G = K + \lambda W^{-1}$ and $\alpha = G^{-1} Y$, the prediction of each row by the fit
-    that did not see it is closed form,
+    It minimises $\sum_i w_i \|y_i - f(x_i)\|^2 + \lambda \|f\|_k^2$. With
+    $G = K + \lambda W^{-1}$ and $\alpha = G^{-1} Y$, the prediction of each row by the fit that did
+    not see it is closed form,
 
     $$f_{-i}(x_i) = y_i - \alpha_i / [G^{-1}]_{ii}.$$
 
@@ -163,7 +164,16 @@ class KernelRidge:
 
 @dataclass(frozen=True, eq=False)
 class KernelRidgeState:
-    """What refits share: the kernel matrix, or landmarks and the features they give."""
+    """What refits share: the kernel matrix, or landmarks and the features they give.
+
+    Example:
+        >>> import torch
+        >>> from woodbury.kernels import RBF, KernelRidge
+        >>> x = torch.linspace(0, 6, 30).double()[:, None]
+        >>> ridge = KernelRidge(RBF(1.0), penalty=1e-3)
+        >>> state = ridge.prepare(x)  # the kernel is evaluated here, once
+        >>> fits = [ridge.fit(x, y, state=state) for y in (torch.sin(x), torch.cos(x))]
+    """
 
     gram: Gram | None
     features: NystromFeatures | None
@@ -176,6 +186,16 @@ class KernelRidgeFit:
     Attributes:
         ridge: the settings it was fitted with.
         fit: the numbers, exact or by Nystrom features.
+
+    Example:
+        >>> import torch
+        >>> from woodbury.kernels import RBF, KernelRidge
+        >>> x = torch.linspace(0, 6, 30).double()[:, None]
+        >>> fit = KernelRidge(RBF(1.0), penalty=1e-3).fit(x, torch.sin(x))
+        >>> fit.predict(torch.tensor([[1.5]]).double()).round(decimals=2)
+        tensor([[1.]], dtype=torch.float64)
+        >>> fit.certificate()["relative_residual"] < 1e-10
+        True
     """
 
     ridge: KernelRidge
@@ -231,8 +251,8 @@ class KernelRidgeFit:
             return {"method": "exact Cholesky", "size": len(self.fit.weights), **common}
         features = self.fit.features
         assert isinstance(features, NystromFeatures)
-        kept = {"features_kept_in_memory": features.kept}
-        return {"method": "Nystrom", "size": features.rows, "rank": features.width, **kept} | common
+        common["features_kept_in_memory"] = features.kept
+        return {"method": "Nystrom", "size": features.rows, "rank": features.width, **common}
 
 
 def _check_points(X: Tensor) -> None:

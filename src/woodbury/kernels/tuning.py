@@ -59,6 +59,14 @@ class Tuned:
         score: that score.
         evaluations: how many settings were tried.
         gradient: derivatives of the score in the logarithms of length scale and penalty there.
+
+    Example:
+        >>> import torch
+        >>> from woodbury.kernels import RBF, KernelRidge, tune
+        >>> x = torch.linspace(0, 6, 40).double()[:, None]
+        >>> tuned = tune(KernelRidge(RBF(0.1), penalty=0.1), x, torch.sin(x))
+        >>> tuned.ridge.kernel.lengthscale > 0.1, tuned.evaluations <= 16
+        (True, True)
     """
 
     ridge: KernelRidge
