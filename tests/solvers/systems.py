@@ -59,6 +59,10 @@ def function(M: Tensor, tags: set[str]) -> FunctionOperator:
     )
 
 
+def eye(n: int = N) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
+
+
 def solution_of(M: Tensor, b: Tensor) -> Tensor:
     """The exact solution, by LAPACK in double precision."""
     return torch.from_numpy(scipy.linalg.solve(wide(M).numpy(), wide(b).numpy()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +43,14 @@ class NystromFactor:
         eigenvalues: $\Lambda$, ``[r]``, real, descending; not negative for the Gaussian method.
         space: where the vectors live.
         products: columns that ``A`` was multiplied by.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import LowRank
+        >>> from woodbury.decompositions import nystrom
+        >>> factor = nystrom(LowRank(torch.eye(6, 2, dtype=torch.float64)), rank=3)
+        >>> factor.basis.shape, factor.eigenvalues.round(decimals=6)
+        (torch.Size([6, 2]), tensor([1., 1.], dtype=torch.float64))
     """
 
     basis: Tensor
@@ -154,13 +163,13 @@ def nystrom(
         chunk = max(1, _BLOCK_BYTES // (n * A.dtype.itemsize))
     sketch = _gaussian if method == "gaussian" else _columns
     Y, core, shift = sketch(A, rank, chunk, generator)
-    if not bool(torch.isfinite(core).all()):
+    if not math.isfinite(shift):
         raise NonFiniteError(f"a product with {type(A).__name__} holds NaN or infinity")
     B, signs = _root(Y, core, shift, indefinite=method == "column")
     basis, eigenvalues = _eigenpairs(B, signs, A.space)
     if method == "gaussian":
-        eigenvalues = (eigenvalues - shift).clamp_min(0)
-    kept = eigenvalues != 0
+        eigenvalues = eigenvalues - shift
+    kept = eigenvalues.abs() > shift  # below there is nothing but rounding
     return NystromFactor(basis[:, kept], eigenvalues[kept], A.space, rank)
 
 
@@ -193,14 +202,14 @@ def _rounding(Y: Tensor, A: LinearOperator) -> float:
     """How large the rounding errors in the products ``Y`` may be."""
     squares = A.space.inner(Y, Y)
     total = squares.real if squares.is_complex() else squares
-    return 10 * torch.finfo(A.dtype).eps * float(total.sum().sqrt())
+    return torch.finfo(A.dtype).eps * float(total.sum().sqrt())
 
 
 def _root(Y: Tensor, core: Tensor, noise: float, *, indefinite: bool) -> tuple[Tensor, Tensor]:
     """``B`` and signs ``s`` with ``Y core^+ Y^H = B diag(s) B^H``."""
     precise = core.to(torch.complex128 if core.is_complex() else torch.float64)
     values, vectors = torch.linalg.eigh((precise + precise.mH) / 2)
-    if not indefinite and values.numel() and values[0].item() < -max(100 * noise, 0.0):
+    if not indefinite and values.numel() and values[0].item() < -1000 * noise:
         raise NotPositiveDefiniteError(
             f"v^H A v / v^H v = {values[0].item():.3g} was found in the sketch: A is not positive "
             "semidefinite; add damping, use a Gauss-Newton matrix or method='column'"

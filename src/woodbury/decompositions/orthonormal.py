@@ -42,8 +42,8 @@ def orthonormalize(X: Tensor, space: Space) -> tuple[Tensor, Tensor]:
     Q, R = X, torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
     for _ in range(2):
         values, vectors = torch.linalg.eigh(space.gram(Q, Q))
-        floor = X.shape[1] * torch.finfo(X.dtype).eps * values.amax(dim=0, keepdim=True)
-        kept = values > floor.clamp_min(0)
+        floor = X.shape[1] * torch.finfo(X.dtype).eps * values[-1:].clamp_min(0)
+        kept = values > floor
         roots, vectors = values[kept].sqrt(), vectors[:, kept]
         Q = Q @ (vectors / roots)
         R = (roots.unsqueeze(1) * vectors.mH) @ R

@@ -65,22 +65,30 @@ class PartialEigen(LinearOperator):
         n, rank = self.basis.shape
         return self.values.sum() + self.rest * (n - rank)
 
-    def _logdet(self) -> Tensor:
+    def _has_inverse(self) -> bool:
+        n, rank = self.basis.shape
+        return rank == n or self.rest != 0
+
+    def _logdet(self) -> Tensor | None:
+        if not self._has_inverse():
+            return None
         n, rank = self.basis.shape
         self._require_invertible()
         rest = torch.as_tensor(abs(self.rest) if rank < n else 1.0, dtype=self.values.dtype)
         return self.values.abs().log().sum() + (n - rank) * rest.log().to(self.device)
 
-    def _inverse(self) -> LinearOperator:
+    def _inverse(self) -> LinearOperator | None:
+        if not self._has_inverse():
+            return None
         n, rank = self.basis.shape
         self._require_invertible()
         rest = 1 / self.rest if rank < n else 0.0
         return PartialEigen(self.basis, self.values.reciprocal(), rest, space=self.space)
 
     def _require_invertible(self) -> None:
-        n, rank = self.basis.shape
-        if (rank < n and self.rest == 0) or bool((self.values == 0).any()):
+        zeros = int((self.values == 0).sum())
+        if zeros:
             raise SingularError(
-                f"{rank} of {n} eigenvalues are known and the others are {self.rest}: the operator "
-                "is singular; add damping"
+                f"{zeros} of the {len(self.values)} eigenvalues given are 0: the operator has no "
+                "inverse; add damping"
             )

@@ -85,10 +85,9 @@ class Direct(Recipe):
                 statuses.append(SolveStatus.non_finite)
             elif r <= math.sqrt(eps) * norm:
                 statuses.append(SolveStatus.converged)
-            elif eps * state.norm * size > 0.1 * norm:
-                statuses.append(SolveStatus.singular)
             elif r <= room * (state.norm * size + norm):
-                statuses.append(SolveStatus.precision)
+                useful = r <= 0.1 * norm
+                statuses.append(SolveStatus.precision if useful else SolveStatus.singular)
             else:
                 statuses.append(SolveStatus.stagnation)
         return statuses

@@ -83,8 +83,11 @@ class InverseOperator(LinearOperator):
         found = self.operator._logdet()
         return None if found is None else -found
 
-    def _inverse(self) -> LinearOperator:
-        return self.operator
+    def _has_inverse(self) -> bool:
+        return self.operator.has_inverse
+
+    def _inverse(self) -> LinearOperator | None:
+        return self.operator if self.operator.has_inverse else None
 
 
 class AppliedRecipe(LinearOperator):

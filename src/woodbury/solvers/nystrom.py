@@ -137,7 +137,7 @@ def split_shift(A: LinearOperator) -> tuple[LinearOperator, float]:
         return A, 0.0
     shifts = [_real_multiple(term) for term in A.terms]
     rest = [term for term, shift in zip(A.terms, shifts, strict=True) if shift is None]
-    if not rest:
+    if not rest or len(rest) == len(A.terms):
         return A, 0.0
     H = rest[0] if len(rest) == 1 else Sum(rest)
     return H, sum(shift for shift in shifts if shift is not None)

@@ -203,8 +203,8 @@ class SolveReport:
         self.failures += not solution.ok
         self.products += solution.products
         residual = _largest(solution.residual)
-        # NaN must not be forgotten, so it is kept once seen.
-        self.residual = residual if not residual <= self.residual else self.residual
+        if not residual <= self.residual and self.residual == self.residual:  # NaN is kept
+            self.residual = residual
         self.last = solution
 
     @property

@@ -234,14 +234,6 @@ def _solve_block(
         largest_entries(X0, "x0")
     active = [j for j, size in enumerate(largest) if size > 0]
     prepared = 0
-    if active and state is None:
-        try:
-            state = recipe.prepare(A)
-        except tuple(_FACTORISATION_FAILURES) as error:
-            if on_failure == "raise":
-                raise
-            return _unprepared(b, recipe, _FACTORISATION_FAILURES[type(error)])
-        prepared = state.products
     work = work_dtype(A.dtype)
     value = torch.zeros(B.shape, dtype=work, device=B.device)
     statuses = [SolveStatus.converged] * k
@@ -249,9 +241,16 @@ def _solve_block(
     outcome = Outcome(value, statuses)
     products, history = 0, None
     if active:
-        assert state is not None  # prepared above
         problem = _problem(A, B, X0, active, largest, work, watch)
-        outcome = recipe._run(problem, state)
+        try:
+            if state is None:
+                state = recipe.prepare(A)
+                prepared = state.products
+            outcome = recipe._run(problem, state)
+        except tuple(_FACTORISATION_FAILURES) as error:
+            if on_failure == "raise":
+                raise
+            return _without_value(b, recipe, _FACTORISATION_FAILURES[type(error)])
         scales = torch.tensor(problem.scales, dtype=work, device=B.device)
         X = outcome.value if outcome.value.dim() == 2 else outcome.value.unsqueeze(1)
         if any(scale != 1 for scale in problem.scales):
@@ -260,7 +259,8 @@ def _solve_block(
         value = X if len(active) == k else value.index_copy(1, _index(active, B.device), X)
         residual[active] = _true_residuals(problem, outcome)
         for j, status in zip(active, outcome.statuses, strict=True):
-            statuses[j] = status
+            known = math.isfinite(residual[j]) or not status.ok
+            statuses[j] = status if known else SolveStatus.non_finite
         products = problem.products
         history = _history(problem, active, k)
     elif watch.history:
@@ -368,7 +368,7 @@ def _history(problem: Problem, active: Sequence[int], k: int) -> Tensor | None:
     return found
 
 
-def _unprepared(b: Tensor, recipe: Recipe, status: SolveStatus) -> Solution:
+def _without_value(b: Tensor, recipe: Recipe, status: SolveStatus) -> Solution:
     """A factorisation failed: there is no value, and zeros would look like one."""
     block = b.dim() == 2
     nan = torch.full(b.shape[1:], math.nan, dtype=torch.float64)
