@@ -214,6 +214,13 @@ class OperatorConformance:
             assert torch.equal(X, kept_x)
             assert torch.equal(Y, kept_y)
             assert torch.equal(A @ X, again)
+            if A.has_inverse:  # neither does what is made from it
+                A.solve(draw(A.shape[1], like=A))
+                A.logdet()
+            if A.is_square:
+                shifted = 2 * A + 3 * Identity(A.shape[0])
+                _ = shifted @ X
+            assert torch.equal(A @ X, again)
             after = state_of(A)
             for name, value in before.items():
                 same = (

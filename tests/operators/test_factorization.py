@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from woodbury.errors import NonFiniteError, SingularError
-from woodbury.operators.factorization import factorize, norm_of_inverse, precise, require_finite
+from woodbury.operators.dtypes import precise
+from woodbury.operators.factorization import factorize, norm_of_inverse, require_finite
 
 KINDS = {
     "cholesky": {"positive_definite"},

@@ -10,7 +10,7 @@ Where to find what (one class a file):
 - Never formed: ``kernel`` (evaluated in blocks), ``function`` (you give the product).
 - Made by algebra: ``sum``, ``product``, ``scaled``, ``transpose``. ``algebra`` holds the rules for
   ``A + B``, ``c * A``, ``A @ B``, ``A.T`` and ``A.H``.
-- ``factorization``: how dense matrices are factorised and when one counts as singular.
+- ``factorization``: how dense matrices are factorised and when one counts as singular; ``dtypes``.
 
 A new operator gives ``_matmat`` (and ``_rmatmat``), overrides what its structure answers without
 products, and inherits ``OperatorConformance`` of ``tests/conformance.py`` in its tests.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import DeviceError, DtypeError, ShapeError, StructureError
+from woodbury.operators.dtypes import real_dtype, require_dtype
 from woodbury.operators.tags import Tags, close
 from woodbury.spaces import Space, indexed_device
 
@@ -17,15 +18,6 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 __all__ = ["LinearOperator"]
-
-_DTYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-)
 
 # Columns per product when a dense form is assembled, so that a block never exceeds 64 MiB.
 _DENSE_BLOCK_BYTES = 64 * 2**20
@@ -103,9 +95,7 @@ class LinearOperator:
         rows, columns = (int(size) for size in shape)
         if rows < 0 or columns < 0:
             raise ShapeError(f"shape is {(rows, columns)}: sizes must not be negative")
-        if dtype not in _DTYPES:
-            names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-            raise DtypeError(f"dtype is {dtype}; an operator needs one of {names}")
+        require_dtype(dtype)
         if space is not None and space.dim != columns:
             raise ShapeError(f"space has dimension {space.dim}, the operator {columns} columns")
         if out_space is not None and out_space.dim != rows:
@@ -329,7 +319,10 @@ class LinearOperator:
         return self._columns(index.long())
 
     def to_dense(self) -> Tensor:
-        """The matrix ``[m, n]``; ``n`` products unless the structure gives it."""
+        """The matrix ``[m, n]``; ``n`` products unless the structure gives it.
+
+        It may be the tensor that the operator holds: do not change it in place.
+        """
         return self._to_dense()
 
     def diagonal(self) -> Tensor:
@@ -388,11 +381,6 @@ class LinearOperator:
     def __repr__(self) -> str:
         tags = f", tags={{{', '.join(sorted(self.tags))}}}" if self.tags else ""
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}{tags})"
-
-
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of absolute values: float32 for complex64, the dtype itself where it is real."""
-    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _of_columns(apply: Callable[[Tensor], Tensor], X: Tensor, rows: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -65,18 +65,13 @@ class Diagonal(LinearOperator):
         return self
 
     def _verify_tags(self) -> None:
-        values = self.values.detach()
-        if "hermitian" in self.tags and values.dtype.is_complex and bool((values.imag != 0).any()):
-            raise TagError("tagged hermitian, but the diagonal has entries that are not real")
-        real = values.real if values.dtype.is_complex else values
-        for tag, wrong in (
-            ("positive_definite", real <= 0),
-            ("positive_semidefinite", real < 0),
-            ("unitary", (values.abs() - 1).abs() > 8 * torch.finfo(values.dtype).eps),
-        ):
-            if tag in self.tags and bool(wrong.any()):
+        for tag, contradicts in _CONTRADICTIONS.items():
+            if tag not in self.tags or (tag == "hermitian" and not self.dtype.is_complex):
+                continue
+            wrong = contradicts(self.values.detach())
+            if bool(wrong.any()):
                 index = int(wrong.nonzero()[0])
-                raise TagError(f"tagged {tag}, but entry {index} is {values[index].item()}")
+                raise TagError(f"tagged {tag}, but entry {index} is {self.values[index].item()}")
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.values.unsqueeze(1) * X
@@ -143,3 +138,11 @@ class Diagonal(LinearOperator):
         for tag in ("positive_semidefinite", "positive_definite"):
             tags |= self.tags & other.tags & {tag}  # real non-negative times real non-negative
         return Diagonal._derived(self.values * other.values, tags, self.space)
+
+
+_CONTRADICTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "hermitian": lambda values: values.imag != 0,
+    "positive_definite": lambda values: values.real <= 0,
+    "positive_semidefinite": lambda values: values.real < 0,
+    "unitary": lambda values: (values.abs() - 1).abs() > 8 * torch.finfo(values.dtype).eps,
+}

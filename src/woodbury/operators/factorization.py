@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import NonFiniteError, NotPositiveDefiniteError, SingularError
-from woodbury.operators.base import real_dtype
+from woodbury.operators.dtypes import real_dtype, working_dtype
 from woodbury.operators.tags import Tags
 
 __all__ = [
     "Factorization",
     "factorize",
     "norm_of_inverse",
-    "precise",
     "require_finite",
     "working_dtype",
 ]
@@ -69,11 +68,6 @@ class Factorization:
         return (2 * logs if self.kind == "cholesky" else logs).to(real_dtype(self.dtype))
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a matrix of ``dtype`` is factorised in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def factorize(matrix: Tensor, tags: Tags) -> Factorization:
     """Factorise ``[n, n]`` or ``[..., n, n]`` as its tags allow.
 
@@ -98,13 +92,6 @@ def factorize(matrix: Tensor, tags: Tags) -> Factorization:
     if matrix.numel():
         _require_condition(work.detach(), result)
     return result
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor in float64 (complex128); in float32 on devices that have no float64."""
-    if tensor.device.type == "mps":
-        return tensor.to(torch.complex64 if tensor.dtype.is_complex else torch.float32)
-    return tensor.to(torch.complex128 if tensor.dtype.is_complex else torch.float64)
 
 
 def require_finite(tensor: Tensor, what: str) -> None:

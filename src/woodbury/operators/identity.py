@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import DeviceError, DtypeError, ShapeError
-from woodbury.operators.base import LinearOperator, real_dtype
+from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import real_dtype
 from woodbury.spaces import Space
 
 __all__ = ["Identity"]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from woodbury.errors import StructureError
 from woodbury.operators.base import LinearOperator
-from woodbury.operators.factorization import factorize, precise, require_finite
+from woodbury.operators.dtypes import precise
+from woodbury.operators.factorization import factorize, require_finite
 from woodbury.operators.low_rank import LowRank
 from woodbury.operators.tags import inverse_tags, scaled_tags, sum_tags, transposed_tags
 
@@ -45,8 +46,7 @@ class LowRankUpdate(LinearOperator):
     log-determinant ``r`` solves with ``B`` (``r + s`` where ``A`` is not hermitian), ``n r^2``
     multiplications and the factorisation of size ``r``, once.
 
-    Source: Woodbury (1950); the form without the inverse of $C$ is Henderson and Searle (1981),
-    equation 17.
+    Source: Woodbury (1950); the form without the inverse of $C$ is Henderson and Searle (1981).
 
     Example:
         >>> import torch

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import SingularError
-from woodbury.operators.base import LinearOperator, real_dtype
+from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import real_dtype
 from woodbury.operators.tags import scaled_tags
 
 __all__ = ["Scaled"]

@@ -9,7 +9,8 @@ from woodbury.errors import NotPositiveDefiniteError, SingularError, StructureEr
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.dense import Dense
 from woodbury.operators.diagonal import Diagonal
-from woodbury.operators.factorization import precise, require_finite
+from woodbury.operators.dtypes import precise
+from woodbury.operators.factorization import require_finite
 from woodbury.operators.identity import Identity, multiple_of_identity
 from woodbury.operators.kronecker import Kronecker
 from woodbury.operators.tags import sum_tags

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import GradientError, NotPositiveDefiniteError, SingularError
-from woodbury.operators.base import LinearOperator, real_dtype
-from woodbury.operators.factorization import norm_of_inverse, precise, require_finite
+from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import precise, real_dtype
+from woodbury.operators.factorization import norm_of_inverse, require_finite
 from woodbury.operators.sparse import Sparse, entries
 from woodbury.operators.tags import inverse_tags
 
