@@ -45,7 +45,7 @@ from woodbury.errors import (
     TagError,
 )
 from woodbury.solvers import LU, SolveReport, SolveStatus, SolveWarning, Structural
-from woodbury.solvers.solve import SMALL, default_recipe
+from woodbury.solvers.default import SMALL, default_recipe
 
 F64 = torch.float64
 RECIPES = [
@@ -397,6 +397,18 @@ def test_gradient_solves_with_the_adjoint(recipe) -> None:
         assert error_of(grad, solution_of(M.mH.resolve_conj(), g)) < 1e-12
     assert error_of(grad, solve(Dense(M.mH.contiguous()), g, recipe).value) < 1e-12
     assert report.calls == 2
+
+
+@pytest.mark.parametrize(
+    "recipe", [CG(), Cholesky(), Structural(), Neumann(9, step=0.25)], ids=repr
+)
+def test_gradient_of_a_scalar_and_at_zero(recipe) -> None:
+    # TorchOpt: gradients silently zero for scalar inputs. At b = 0 nothing is solved forward.
+    A = dense(torch.tensor([[4.0]], dtype=F64))
+    for value in (3.0, 0.0):
+        b = torch.tensor([value], dtype=F64, requires_grad=True)
+        solve(A, b, recipe).value.sum().backward()
+        assert b.grad.item() == pytest.approx(0.25)
 
 
 def test_preconditioner_serves_the_backward_pass_too() -> None:

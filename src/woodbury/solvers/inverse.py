@@ -162,7 +162,8 @@ def inverse(
     from typing import get_args
 
     from woodbury.errors import ArgumentError
-    from woodbury.solvers.solve import OnFailure, default_recipe
+    from woodbury.solvers.default import default_recipe
+    from woodbury.solvers.solve import OnFailure
 
     if on_failure not in get_args(OnFailure):
         raise ArgumentError(

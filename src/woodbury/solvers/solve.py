@@ -16,25 +16,17 @@ from woodbury.errors import (
     NotPositiveDefiniteError,
     SingularError,
     SolveError,
-    TagError,
 )
 from woodbury.operators.base import LinearOperator
-from woodbury.solvers.cg import CG
 from woodbury.solvers.checks import check_state, check_system, largest_entries
-from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.columns import norms
-from woodbury.solvers.eigh import Eigh
-from woodbury.solvers.lu import LU
+from woodbury.solvers.default import default_recipe
 from woodbury.solvers.recipe import Outcome, Problem, Progress, Recipe, State, work_dtype
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
-from woodbury.solvers.structural import Structural
 
-__all__ = ["OnFailure", "SolveWarning", "default_recipe", "solve", "solve_with_policy"]
+__all__ = ["OnFailure", "SolveWarning", "solve", "solve_with_policy"]
 
 OnFailure = Literal["raise", "warn", "nan", "ignore"]
-
-# Up to this size the matrix is formed and factorised in well under a second.
-SMALL = 2000
 
 _FACTORISATION_FAILURES: dict[type[Exception], SolveStatus] = {
     NotPositiveDefiniteError: SolveStatus.not_positive_definite,
@@ -73,6 +65,7 @@ def solve(
             allow; beyond, :class:`CG` for positive (semi)definite operators.
         x0: first iterate, of the shape of ``b``; zero by default.
         state: what ``recipe.prepare`` or an earlier ``solution.state`` holds; made if not given.
+            Its factor, sketch or preconditioner is used as it is.
         throw: raise if the solve fails; otherwise the best iterate is returned with its status.
         history: keep the residual after each step.
         progress: called after each step with its number and the largest relative residual.
@@ -193,27 +186,6 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.pull_back(grads[0].contiguous()), None, None
-
-
-def default_recipe(A: LinearOperator) -> Recipe:
-    """The recipe for an operator about which nothing but tags and size is known.
-
-    Raises:
-        TagError: the operator is large, has no structure and is not known to be positive definite.
-    """
-    if A.has_inverse:
-        return Structural()
-    if A.shape[0] <= SMALL:
-        if "positive_definite" in A.tags:
-            return Cholesky()
-        return Eigh() if "hermitian" in A.tags else LU()
-    if "positive_semidefinite" in A.tags:
-        return CG()
-    raise TagError(
-        f"no default recipe for {type(A).__name__} of size {A.shape[0]} with tags "
-        f"{sorted(A.tags)}: promise 'positive_definite' where the operator is made if it holds, or "
-        "name a recipe: Eigh() or LU() form the matrix, CG() finds negative curvature if there is"
-    )
 
 
 def _solve_block(
