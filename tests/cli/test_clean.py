@@ -15,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from woodbury.cli.app import app
+from woodbury.errors import SingularError
 
 pytestmark = pytest.mark.usefixtures("stub_engine")
 
@@ -256,6 +257,7 @@ def test_interruption_says_how_to_go_on(
         (MemoryError("8 GiB"), "Out of memory: MemoryError: 8 GiB"),
         (OSError(28, "No space left on device"), "Failed: OSError: [Errno 28] No space left"),
         (RuntimeError(""), "Failed: RuntimeError: no message"),
+        (SingularError("no inverse"), "SingularError: no inverse Another --model may do"),
     ],
 )
 def test_failures_are_one_line(

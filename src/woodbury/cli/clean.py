@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from woodbury.errors import BudgetError, DataError
+from woodbury.errors import BudgetError, DataError, WoodburyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +116,8 @@ def clean(
         kind = "Out of memory" if isinstance(error, MemoryError) else "Failed"
         said = " ".join(str(error).split())[:400] or "no message"
         _say(errors, kind, f"{type(error).__name__}: {said}")
+        if isinstance(error, WoodburyError):
+            _say(errors, "", "Another --model may do; the table is unchanged.")
         _say(errors, "", "Set WOODBURY_DEBUG=1 for the traceback to report.")
         raise typer.Exit(1) from None
     _summarise(Console(), result)

@@ -57,7 +57,7 @@ def test_files(flowers_csv: Path, tmp_path: Path, format: str) -> None:
     assert summary["preparation"]["scaling"] == "per column"
     assert summary["certificate"]["relative_residual"] == 1e-9
     assert summary["peak_memory_bytes"] > 1e6
-    assert json.loads((out / "state" / "run.json").read_text())["finished"]
+    assert json.loads((out / "state" / "run.json").read_text())["ended"] == "finished"
 
 
 def test_trusted_rows_are_passed_on_and_counted(flowers: pd.DataFrame) -> None:
@@ -120,7 +120,7 @@ def test_a_new_run_replaces_a_finished_one(flowers_csv: Path, tmp_path: Path) ->
     assert not (out / "rows.parquet").exists()
 
 
-def test_a_failed_run_is_resumed(
+def test_an_interrupted_run_is_resumed(
     flowers_csv: Path, tmp_path: Path, stub_engine: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -129,10 +129,10 @@ def test_a_failed_run_is_resumed(
 
     def fail(*_: Any, **options: Any) -> None:
         options["checkpoint"].write_text("half")
-        raise MemoryError
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(stub_engine, "run", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(KeyboardInterrupt):
         woodbury.clean(flowers_csv, label="kind", out=out)
 
     def go_on(*arguments: Any, **options: Any) -> Any:
@@ -148,6 +148,16 @@ def test_a_failed_run_is_resumed(
     assert calls == [(True, "half")]
     for name in ("rows.csv", "cleaned.csv"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_failed_run_can_be_tried_again_with_other_settings(
+    flowers_csv: Path, tmp_path: Path, stub_engine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stub_engine, "run", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            woodbury.clean(flowers_csv, label="kind", out=tmp_path / "out")
+    woodbury.clean(flowers_csv, label="kind", out=tmp_path / "out", model="linear")
 
 
 def test_a_changed_table_is_not_resumed(

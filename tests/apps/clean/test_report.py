@@ -16,7 +16,7 @@ import pytest
 
 import woodbury
 from woodbury.apps.clean.demo import demo_table
-from woodbury.apps.clean.report_certificate import certificate_lines
+from woodbury.apps.clean.report_certificate import certificate_groups
 from woodbury.apps.clean.report_charts import histogram, matrix, scatter, thumbnail
 
 pytestmark = pytest.mark.usefixtures("stub_engine")
@@ -191,17 +191,32 @@ def test_charts_count_every_row() -> None:
 
 
 def test_certificates_of_any_depth() -> None:
-    lines = certificate_lines(
-        {"a_b": 1e-9, "c": {"d": True, "e": [1.0, 2]}, "f": None, "g": "words", "n": 12345}
+    groups = certificate_groups(
+        {
+            "a_b": 1e-9,
+            "c": {"d": True, "e": [1.0, 2]},
+            "f": None,
+            "solve_status": "ALL_GOOD",
+            "size": 12345,
+            "method": "exact Cholesky",
+            "held_out_score_by_model": {"linear": 0.5, "kernel": 0.25},
+            "noise": {"labels_kept_by_class": [0.9, 0.8]},
+        }
     )
-    assert [(line["name"], line["value"]) for line in lines] == [
-        ("a b", "1e-09"),
-        ("c: d", "yes"),
-        ("c: e", "1, 2"),
-        ("f", "–"),
-        ("g", "words"),
-        ("n", "12,345"),
+    assert [[(line["name"], line["value"]) for line in lines] for lines in groups.values()] == [
+        [
+            ("method", "exact Cholesky"),
+            ("size", "12,345"),
+            ("solve", "all good"),
+            ("a b", "1e-09"),
+            ("c: d", "yes"),
+            ("c: e", "1, 2"),
+            ("f", "–"),
+        ],
+        [("held-out loss", "linear 0.5, kernel 0.25")],
     ]
+    assert "exact up to rounding" in next(iter(groups.values()))[0]["meaning"]
+    assert certificate_groups({}) == {}
 
 
 @pytest.mark.slow

@@ -22,25 +22,26 @@ def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
     folder = started(tmp_path / "a" / "b")
     state = json.loads(folder.state.read_text())
     assert state["settings"] == SETTINGS
-    assert not state["finished"]
+    assert state["ended"] == "killed"
     assert not folder.replaces
     started(tmp_path / "a" / "c")
 
 
-def test_a_finished_run_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["finished", "failed"])
+def test_a_run_that_ended_is_replaced(tmp_path: Path, how: str) -> None:
     folder = started(tmp_path)
     for name in ("rows.csv", "report.html", "mine.txt"):
         (tmp_path / name).write_text("old")
     folder.checkpoint.mkdir()
     (folder.checkpoint / "a.json").write_text("old")
-    folder.finish()
+    folder.end(how)
     again = started(tmp_path)
     assert again.replaces
     assert not folder.checkpoint.exists()
     assert sorted(item.name for item in tmp_path.iterdir()) == ["mine.txt", "state"]
 
 
-def test_an_unfinished_run_is_kept(tmp_path: Path) -> None:
+def test_a_killed_run_is_kept(tmp_path: Path) -> None:
     folder = started(tmp_path)
     folder.checkpoint.write_text("work")
     with pytest.raises(DataError, match=r"unfinished run of t\.csv. Add --resume"):

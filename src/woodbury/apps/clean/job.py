@@ -6,6 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -173,12 +174,18 @@ def clean(
         known = _check_truth(truth, prepared)
         if folder is not None:
             folder.begin(settings.as_json(), _source(source, mask))
-        seconds = {"reading and preparing": time.monotonic() - start}
-        answer = _run_engine(prepared, settings, mask, folder, display)
-        seconds["model"] = time.monotonic() - start - sum(seconds.values())
-        display("writing", 0.0)
-        result = _assemble(source, prepared, settings, answer, mask, known)
-        _write(result, settings, folder, seconds, start)
+        try:
+            seconds = {"reading and preparing": time.monotonic() - start}
+            answer = _run_engine(prepared, settings, mask, folder, display)
+            seconds["model"] = time.monotonic() - start - sum(seconds.values())
+            display("writing", 0.0)
+            result = _assemble(source, prepared, settings, answer, mask, known)
+            _write(result, settings, folder, seconds, start)
+        except Exception:
+            if folder is not None:
+                with suppress(OSError):
+                    folder.end("failed")
+            raise
     return result
 
 
@@ -314,7 +321,7 @@ def _write(
     result.report(files["report"])
     result.summary = plain(result.summary)
     write_json(result.summary, files["summary"])
-    folder.finish()
+    folder.end("finished")
 
 
 def _peak_memory() -> int | None:

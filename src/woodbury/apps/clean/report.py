@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from woodbury.apps.clean.report_certificate import certificate_lines
+from woodbury.apps.clean.report_certificate import certificate_groups
 from woodbury.apps.clean.report_charts import calibration_chart, histogram, matrix, scatter
 from woodbury.apps.clean.report_rows import suspect_cards
 from woodbury.apps.clean.state import atomic
@@ -97,7 +97,7 @@ def _context(result: CleanResult) -> dict[str, Any]:
         "calibration": (
             calibration_chart(summary["calibration"]) if "calibration" in summary else None
         ),
-        "certificate": certificate_lines(summary["certificate"]),
+        "certificate": certificate_groups(summary["certificate"]),
         "history": _history(summary["history"]),
         "columns": columns,
         "unused": [column for column in columns if column["kind"] == "unused"],
@@ -132,8 +132,16 @@ def _by_class(result: CleanResult, most: int = 30) -> list[dict[str, Any]]:
     rows = result.rows.dropna(subset=["error_probability"])
     suspect = (rows["error_probability"] > 0.5).groupby(rows["label"]).agg(["size", "sum"])
     suspect = suspect.sort_values("sum", ascending=False, kind="stable").head(most)
+    kept = result.summary["certificate"].get("noise", {}).get("labels_kept_by_class")
+    kept_of = dict(zip(result.summary["classes"], kept, strict=True)) if kept else {}
     return [
-        {"label": label, "rows": int(size), "suspects": int(bad), "share": bad / size}
+        {
+            "label": label,
+            "rows": int(size),
+            "suspects": int(bad),
+            "share": bad / size,
+            "kept": kept_of.get(label),
+        }
         for label, size, bad in suspect.itertuples()
     ]
 

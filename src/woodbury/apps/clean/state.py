@@ -1,6 +1,6 @@
 """The folder a run writes to: found writable before work starts, and resumable after a kill.
 
-``DIR/state/run.json`` holds the settings, a hash of the input and whether the run is finished;
+``DIR/state/run.json`` holds the settings, a hash of the input and how the run ended;
 ``DIR/state/checkpoint`` belongs to the engine.
 """
 
@@ -62,7 +62,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         resume: whether ``--resume`` was given.
-        replaces: an earlier, finished run is being replaced.
+        replaces: an earlier run is being replaced.
         resumed: an earlier run of the same settings is being continued.
     """
 
@@ -75,11 +75,12 @@ class RunFolder:
     def open(cls, path: Path, resume: bool) -> RunFolder:
         """Create the folder, and make sure that it can be written and is ours to write.
 
-        A folder that is missing or empty is taken; that of a finished run is written anew; that
-        of an unfinished run needs ``resume``; any other is refused, so that nothing is lost.
+        A folder that is missing or empty is taken; that of a run that finished or failed is
+        written anew; that of a run that was killed needs ``resume``, so that no work is lost; any
+        other is refused.
 
         Raises:
-            DataError: it cannot be written, holds other files, or an unfinished run.
+            DataError: it cannot be written, holds other files, or a run that was killed.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ class RunFolder:
                     f"The output folder {path} is not empty ({strange[0]!r}, {len(strange)} files) "
                     "and was not written by woodbury. Choose a new folder with --out."
                 )
-        elif not resume and not earlier["finished"]:
+        elif not resume and earlier["ended"] == "killed":
             raise DataError(
                 f"{path} holds an unfinished run of {earlier['input']['name']}. Add --resume to go "
                 "on with it, choose another folder with --out, or delete this one."
@@ -121,7 +122,7 @@ class RunFolder:
         """The stored state, or None where there is none."""
         try:
             state = json.loads(self.state.read_text(encoding="utf-8"))
-            return state if state["format"] == FORMAT and state["input"]["name"] else None
+            return state if state["format"] == FORMAT and state["ended"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -143,21 +144,21 @@ class RunFolder:
             self.resumed = True
             return
         self.replaces = earlier is not None
-        self._store(settings, source, finished=False)
+        self._store(settings, source, "killed")  # until it ends in another way
         for name in OUTPUTS:
             (self.path / name).unlink(missing_ok=True)
         for left in self.state.parent.glob(f"{self.checkpoint.name}*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def finish(self) -> None:
-        """Mark the run as finished; its outputs are complete."""
+    def end(self, how: str) -> None:
+        """Mark the run as ``"finished"`` (its outputs are complete) or ``"failed"``."""
         state = self.read()
-        assert state is not None
-        self._store(state["settings"], state["input"], finished=True)
+        if state is not None:
+            self._store(state["settings"], state["input"], how)
 
-    def _store(self, settings: dict[str, Any], source: dict[str, Any], finished: bool) -> None:
+    def _store(self, settings: dict[str, Any], source: dict[str, Any], ended: str) -> None:
         self.state.parent.mkdir(exist_ok=True)
-        state = {"format": FORMAT, "finished": finished, "settings": settings, "input": source}
+        state = {"format": FORMAT, "ended": ended, "settings": settings, "input": source}
         with atomic(self.state) as temporary:
             temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
