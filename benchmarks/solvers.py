@@ -24,7 +24,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 
-from woodbury import CG, Diagonal, Nystrom, Solution, Sparse, solve
+from woodbury import CG, Diagonal, FunctionOperator, Identity, Nystrom, Solution, Sparse, solve
 
 RTOL = 1e-8
 MATRICES = ("bcsstk01", "bcsstk13", "bcsstk16", "airfoil", "unit_square", "bar")
@@ -52,14 +52,15 @@ def load(folder: Path, name: str) -> Any:
     raise FileNotFoundError(f"no file for {name} in {folder}")
 
 
-def shortest(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The shortest time of several calls, and what the last one returned."""
-    times, result = [], None
+def shortest(repeats: int, *functions: Callable[[], Any]) -> list[tuple[float, Any]]:
+    """The shortest time of each, called in turn, and what it returned."""
+    found: list[tuple[float, Any]] = [(float("inf"), None)] * len(functions)
     for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - start)
-    return min(times), result
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            result = function()
+            found[i] = min(found[i][0], time.perf_counter() - start), result
+    return found
 
 
 def by_scipy(A: Any, b: np.ndarray, M: Any, limit: int) -> Peer:
@@ -91,11 +92,10 @@ def single(name: str, A: Any, repeats: int) -> None:
         def ours(recipe: CG = recipe) -> Solution:
             return solve(operator, right, recipe, throw=False)
 
-        theirs_time, peer = shortest(theirs, repeats)
-        ours_time, solution = shortest(ours, repeats)
+        (theirs_time, peer), (ours_time, solution) = shortest(repeats, theirs, ours)
         peer_status = "converged" if peer.converged else "max_steps"
         print(
-            f"{name:12} {n:5} {A.nnz:7} {label:7}"
+            f"{name:12} {n:7} {A.nnz:7} {label:7}"
             f" {peer.steps:6} {peer.residual:8.1e} {peer_status:10} {1e3 * theirs_time:9.2f} ms"
             f" {solution.steps:6} {float(solution.residual):8.1e} {solution.status.name:10}"
             f" {1e3 * ours_time:9.2f} ms {solution.steps / peer.steps:6.3f}"
@@ -113,8 +113,9 @@ def block(name: str, A: Any, columns: int, repeats: int) -> None:
     def one_by_one() -> list[Solution]:
         return [solve(operator, b, recipe, throw=False) for b in B.T.contiguous()]
 
-    together, solution = shortest(lambda: solve(operator, B, recipe, throw=False), repeats)
-    apart, alone = shortest(one_by_one, max(1, repeats // 3))
+    (together, solution), (apart, alone) = shortest(
+        max(2, repeats // 2), lambda: solve(operator, B, recipe, throw=False), one_by_one
+    )
     steps = sum(s.steps for s in alone)
     print(
         f"{name:12} k = {columns}: {1e3 * together:9.1f} ms together, {1e3 * apart:9.1f} ms one by "
@@ -128,15 +129,16 @@ def nystrom(repeats: int) -> None:
     """Nystrom-preconditioned against plain CG on a dense kernel matrix with a small ridge."""
     x = torch.randn(2000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     K = torch.exp(-0.1 * torch.cdist(x, x).square()) + 1e-3 * torch.eye(2000, dtype=torch.float64)
-    from woodbury import FunctionOperator, Identity
-
     H = FunctionOperator(
         lambda X: K @ X - 1e-3 * X, (2000, 2000), tags={"positive_semidefinite"}, dtype=K.dtype
     )
     A, b = H + 1e-3 * Identity(2000), torch.ones(2000, dtype=K.dtype)
-    plain_time, plain = shortest(lambda: solve(A, b, CG(rtol=RTOL), throw=False), repeats)
     recipe = CG(rtol=RTOL, preconditioner=Nystrom(rank=400))
-    helped_time, helped = shortest(lambda: solve(A, b, recipe, throw=False), repeats)
+    (plain_time, plain), (helped_time, helped) = shortest(
+        repeats,
+        lambda: solve(A, b, CG(rtol=RTOL), throw=False),
+        lambda: solve(A, b, recipe, throw=False),
+    )
     print(
         f"RBF kernel n = 2000, ridge 1e-3: CG {plain.steps} steps {1e3 * plain_time:.0f} ms, with "
         f"Nystrom(rank=400) {helped.steps} steps {1e3 * helped_time:.0f} ms (sketch included), "
@@ -156,9 +158,13 @@ def main() -> None:
     if not folder.is_dir():
         sys.exit(f"no folder {folder}: set WOODBURY_DATA to the folder of public data sets")
     matrices = {name: load(folder, name) for name in MATRICES}
+    n = 1_000_000
+    matrices["line"] = scipy.sparse.diags_array(
+        [-1.0, 2.1, -1.0], offsets=[-1, 0, 1], shape=(n, n)
+    ).tocsr()
     print(f"SciPy {scipy.__version__} and woodbury to {RTOL:.0e}, {options.threads} thread(s)")
     print(
-        f"{'matrix':12} {'n':>5} {'nnz':>7} {'M':7} {'SciPy':>6} {'residual':>8} {'':10} {'':12}"
+        f"{'matrix':12} {'n':>7} {'nnz':>7} {'M':7} {'SciPy':>6} {'residual':>8} {'':10} {'':12}"
         f" {'steps':>6} {'residual':>8} {'':10} {'':12} {'steps':>6} {'time':>6}"
     )
     for name, A in matrices.items():
