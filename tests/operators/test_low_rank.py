@@ -62,6 +62,9 @@ def test_two_of_them_join():
     assert plain.C is None
     assert "positive_semidefinite" in plain.tags
     assert "positive_semidefinite" not in (LowRank(U) - LowRank(W)).tags
+    Z = torch.randn(4, 1)
+    for mixed in (LowRank(U) + LowRank(W, None, Z), LowRank(W, None, Z) + LowRank(U)):
+        torch.testing.assert_close(mixed.to_dense(), U @ U.T + W @ Z.T)
 
 
 @pytest.mark.parametrize(
