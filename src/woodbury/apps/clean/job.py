@@ -55,6 +55,17 @@ class CleanResult:
         probabilities: the model's probability of each class had the row been left out,
             float ``[m, C]`` for the ``m`` rows with a label, or None for regression.
         folder: where files were written, or None.
+
+    Example:
+        >>> import woodbury
+        >>> from sklearn.datasets import load_iris
+        >>> frame = load_iris(as_frame=True).frame
+        >>> frame.loc[3, "target"] = 2  # a wrong label
+        >>> found = woodbury.clean(frame, label="target", model="linear")
+        >>> int(found.cleaned.loc[3, "target"]), bool(found.cleaned.loc[3, "woodbury_changed"])
+        (0, True)
+        >>> found.summary["task"], found.probabilities.shape
+        ('classification', (150, 3))
     """
 
     rows: pd.DataFrame
