@@ -46,7 +46,7 @@ def main() -> None:
         if step % 10 == 0 or step == STEPS - 1:
             weight = logits.sigmoid()
             print(
-                f"step {step:2d}: trusted loss {result.outer_value:.4f}, mean weight of the flipped "
+                f"step {step:2d}: trusted loss {result.outer_value:.4f}, mean weight of flipped "
                 f"{weight[flipped].mean():.2f}, of the others {weight[~flipped].mean():.2f}"
             )
     print("certificate of the last hypergradient:", result.certificate())
