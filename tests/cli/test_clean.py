@@ -44,6 +44,9 @@ def test_a_table(flowers_csv: Path, tmp_path: Path) -> None:
     assert "1 of 60 rows have a label in kind that is probably wrong (1.7%)." in result.stdout
     assert f"Report: {out / 'report.html'}" in result.stdout
     assert "tulip" in result.stdout
+    assert "Judged by the kernel model on 11 numbers a row, scaled column by column" in one_line(
+        result.stdout
+    )
     assert "Wrote rows.csv, cleaned.csv, summary.json" in result.stdout
     assert "fitting ..." in result.stderr
     assert pd.read_csv(out / "rows.csv").loc[4, "suggested_label"] == "rose"

@@ -167,6 +167,14 @@ def _summarise(console: Console, result: CleanResult) -> None:
         f" that is probably wrong ({summary['suspect_share']:.1%}).",
     )
     console.print(verdict, highlight=False)
+    prepared = summary["preparation"]
+    model = summary["certificate"].get("model", summary["settings"]["model"])
+    console.print(
+        f"Judged by the {model} model on {prepared['features']:,} numbers a row, scaled "
+        f"{'jointly' if prepared['scaling'] == 'joint' else 'column by column'} "
+        f"({prepared['reason']}).",
+        highlight=False,
+    )
     for note in summary["notes"]:
         console.print(Text(f"Note: {note}", style="yellow"), highlight=False)
     if summary["suspects"]:
