@@ -46,6 +46,12 @@ class Batch:
     rows: slice | Tensor
     resident: bool = False
 
+    def places(self) -> Tensor:
+        """``rows`` as an index tensor ``[size]``."""
+        if isinstance(self.rows, Tensor):
+            return self.rows
+        return torch.arange(self.rows.start, self.rows.stop)
+
     def select(self, values: Tensor | None) -> Tensor | None:
         """The entries of ``values`` (one per example of the data) that belong to this batch."""
         return None if values is None else values[self.rows]
@@ -202,9 +208,7 @@ class Batches:
         """One pass over the batches, without the first ``start`` of them."""
         examples, index = 0, -1
         for index, raw in enumerate(self._source):
-            size = self._checked_size(raw, index)
-            if not self.in_memory:
-                self._compare(index, size, raw)
+            size = self._seen(index, raw)
             if index >= start:
                 yield self._batch(raw, index, examples, size)
             examples += size
@@ -229,14 +233,16 @@ class Batches:
     def num_examples(self) -> int:
         """Number of examples; the first time this is asked it costs a pass over the data."""
         if self._examples is None:
-            progress, self.progress = self.progress, None
-            try:
-                for _ in self.passes("counting"):
-                    pass
-            finally:
-                self.progress = progress
-        assert self._examples is not None  # set by a finished pass
+            sizes = [self._seen(index, raw) for index, raw in enumerate(self._source)]
+            if not sizes:
+                raise DataError("the data holds no batch")
+            self._count, self._examples = len(sizes), sum(sizes)
         return self._examples
+
+    @property
+    def known_examples(self) -> int | None:
+        """The number of examples where it is known or costs nothing to find."""
+        return self.num_examples if self.in_memory else self._examples
 
     def require_rows(self, what: str) -> None:
         """Raise unless it is known which row of the data each example is."""
@@ -247,6 +253,14 @@ class Batches:
             "shuffle=False, or let its batches carry row numbers as (inputs, targets, indices) or "
             "under the key 'indices'"
         )
+
+    def _seen(self, index: int, raw: Any) -> int:
+        """The size of a batch, which is the same batch as in earlier passes."""
+        size = self._checked_size(raw, index)
+        self._indexed = self._indexed or self._indices(raw) is not None
+        if not self.in_memory:
+            self._compare(index, size, raw)
+        return size
 
     def _checked_size(self, raw: Any, index: int) -> int:
         try:
@@ -264,15 +278,20 @@ class Batches:
         return size
 
     def _rows(self, raw: Any, start: int, size: int) -> slice | Tensor:
+        indices = self._indices(raw)
+        if indices is None:
+            return slice(start, start + size)
+        return indices.to(self.device, torch.int64)
+
+    def _indices(self, raw: Any) -> Tensor | None:
         indices = None
         if self.paired and isinstance(raw, Mapping):
             indices = raw.get(_INDEX_NAME)
         elif self.paired and len(raw) == 3:
             indices = raw[2]
-        if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dim() != 1:
-            return slice(start, start + size)
-        self._indexed = True
-        return indices.to(self.device, torch.int64)
+        if isinstance(indices, Tensor) and not indices.is_floating_point() and indices.dim() == 1:
+            return indices
+        return None
 
     def _batch(self, raw: Any, index: int, start: int, size: int) -> Batch:
         plain = _plain(raw)

@@ -36,6 +36,8 @@ _CONVEX = (
     nn.MultiMarginLoss,
     nn.NLLLoss,
 )
+# Losses of torch whose second derivative in the outputs is zero wherever it exists.
+_LINEAR = (nn.L1Loss, nn.NLLLoss, nn.KLDivLoss)
 
 _BY_NAME: dict[Any, Callable[[], nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -77,7 +79,8 @@ def make_criterion(criterion: Any) -> Criterion:
         unreduced: Any = copy.copy(criterion)
         unreduced.reduction = "none"
         reduction = str(criterion.reduction)
-        return Criterion(unreduced, reduction, convex=type(criterion) in _CONVEX)
+        kind = type(criterion)
+        return Criterion(unreduced, reduction, convex=kind in _CONVEX, linear=kind in _LINEAR)
     if callable(criterion):
         return Criterion(criterion)
     raise ArgumentError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from woodbury.curvature.batches import Batch, split
 from woodbury.errors import ArgumentError, DataError, GradientError, NonDeterministicError
@@ -87,6 +88,7 @@ class ModuleFunction:
         others = {name: p.detach() for name, p in model.named_parameters() if name not in params}
         self.constants = others
         self.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self.weight_norm = any(_has_weight_norm(module) for module in model.modules())
 
     def __call__(self, params: Mapping[str, Tensor], batch: Batch) -> Any:
         """What the model returns for a batch."""
@@ -96,7 +98,8 @@ class ModuleFunction:
             buffers = {name: b.clone() for name, b in buffers.items()}
         versions = [b._version for b in buffers.values()]
         values = {**self.constants, **params, **buffers}
-        with self._modes(), self._randomness(batch):
+        exact = _ExactWeightNorm() if self.weight_norm else nullcontext()
+        with self._modes(), self._randomness(batch), exact, _no_recomputation():
             result = functional_call(self.model, values, args, kwargs, tie_weights=True)
         if not self.training:
             changed = [
@@ -137,6 +140,48 @@ class ModuleFunction:
             if cuda:
                 torch.cuda.manual_seed(self.seed + batch.index)
             yield
+
+
+@contextmanager
+def _no_recomputation() -> Iterator[None]:
+    """Refuse activation checkpointing.
+
+    It would run parts of the module again during the backward pass, where the module has its own
+    parameters, buffers and modes, and not those of the objective.
+    """
+    message = (
+        "the model uses activation checkpointing (or other hooks on saved tensors), whose second "
+        "forward pass would not see the objective's parameters and mode; turn it off "
+        "(model.gradient_checkpointing_disable() in transformers): what operators keep is bounded "
+        "by their argument cache"
+    )
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+            yield
+    except RuntimeError as error:
+        if message in str(error):
+            raise GradientError(message) from None
+        raise
+
+
+class _ExactWeightNorm(TorchFunctionMode):
+    """Weight norm written out: the second derivative of torch's fused one is wrong (seen in 2.13).
+
+    ``gradgradcheck`` of ``torch._weight_norm`` fails, and Hessians come out asymmetric.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    return type(module).__name__ == "_WeightNorm" or "WeightNorm" in hooks
 
 
 def output_tensor(result: Any, size: int) -> tuple[Tensor, bool]:

@@ -36,16 +36,18 @@ class Layout:
         parts = flat.split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def write(self, parts: Sequence[Tensor | None], row: Tensor, *, add: bool) -> None:
-        """Write parameter-shaped ``parts`` into ``row`` ``[n]``; ``None`` is zero."""
+    def write(
+        self, parts: Sequence[Tensor | None], row: Tensor, factor: float = 1.0, *, add: bool
+    ) -> None:
+        """Write ``factor`` times parameter-shaped ``parts`` into ``row [n]``; ``None`` is zero."""
         for view, part in zip(self.views(row), parts, strict=True):
             if part is None:
                 if not add:
                     view.zero_()
             elif add:
-                view.add_(part)
+                view.add_(part, alpha=factor)
             else:
-                view.copy_(part)
+                torch.mul(part, factor, out=view)
 
 
 class Linearized:
@@ -61,8 +63,8 @@ class Linearized:
     used: frozenset[str] = frozenset()
     rows: slice | Tensor = slice(0)
 
-    def apply(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
-        """Multiply ``rows [k, n]`` by the matrix of this batch; write or add to ``out [k, n]``."""
+    def apply(self, rows: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
+        """``factor`` times the matrix of this batch times ``rows [k, n]``, into ``out [k, n]``."""
         raise NotImplementedError
 
 
@@ -82,9 +84,9 @@ class JacobianLinearized(Linearized):
         """``J^T`` times ``U [k, *z.shape]``, written or added to ``out [k, n]``."""
         raise NotImplementedError
 
-    def apply(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
-        """``J^T M J`` times every row."""
-        self.vjp(self.middle(self.jvp(rows)), out, add=add)
+    def apply(self, rows: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
+        """``factor * J^T M J`` times every row."""
+        self.vjp(self.middle(self.jvp(rows)) * factor, out, add=add)
 
 
 class GraphJacobian(JacobianLinearized):
@@ -187,11 +189,11 @@ class ForwardJacobian(JacobianLinearized):
             z, dz = forward_ad.unpack_dual(self.evaluate(duals))
             return z, torch.zeros_like(z) if dz is None else dz.detach()
 
-    def apply(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
-        """``J^T M J`` times the one row there is."""
+    def apply(self, rows: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
+        """``factor * J^T M J`` times the one row there is."""
         z, dz = self.push(rows[0])
         # Outside the dual level, or torch would push the backward pass forward, too.
-        cotangent = self.make_middle(z.detach())(dz[None])[0]
+        cotangent = self.make_middle(z.detach())(dz[None])[0] * factor
         parts: Sequence[Tensor | None] = [None] * len(self.leaves)
         if z.requires_grad:
             leaves = list(self.leaves.values())
@@ -223,8 +225,8 @@ class GraphHessian(Linearized):
         self.nbytes = graph_bytes(self.roots, [*ignore, *self.roots])
         self.roots = []
 
-    def apply(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
-        """The Hessian times every row."""
+    def apply(self, rows: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
+        """``factor`` times the Hessian times every row."""
         for row, target in zip(rows, out, strict=True):
             parts: Sequence[Tensor | None] = [None] * len(self.leaves)
             if self.edges:
@@ -236,4 +238,4 @@ class GraphHessian(Linearized):
                     retain_graph=True,
                     allow_unused=True,
                 )
-            self.layout.write(parts, target, add=add)
+            self.layout.write(parts, target, factor, add=add)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.graphs import GraphHessian, Linearized
 from woodbury.curvature.linearization import Cache
 from woodbury.curvature.matrix import BatchedCurvature
 from woodbury.curvature.objective import Objective
+from woodbury.errors import GradientError
 
 __all__ = ["Hessian"]
 
@@ -29,7 +32,8 @@ class Hessian(BatchedCurvature):
     Raises:
         ArgumentError: ``cache`` is none of these.
         GradientError: at a product: the loss does not depend on a parameter, or a parameter was
-            changed in place since the operator was made.
+            changed in place since the operator was made, or an operation of the model has a wrong
+            second derivative (seen by a check of symmetry, once per objective).
         NonDeterministicError, NonFiniteError, DataError: at a product; see
             :class:`~woodbury.Objective`.
 
@@ -59,7 +63,27 @@ class Hessian(BatchedCurvature):
         leaves = self.objective.leaves()
         result = GraphHessian(self.objective.batch_loss(leaves, batch), leaves, self._layout)
         result.measure(self.objective.resident(batch))
+        if not self.objective.seen_symmetric:
+            self._require_symmetry(result)
+            self.objective.seen_symmetric = True
         return result
+
+    def _require_symmetry(self, batch: GraphHessian) -> None:
+        """Second derivatives are written by hand somewhere, and a wrong one shows here."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (2, self.shape[1])
+        X = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+        Y = torch.empty_like(X)
+        batch.apply(X, Y, 1.0, add=False)
+        gap = (X[0].dot(Y[1]) - X[1].dot(Y[0])).abs().item()
+        scale = (X.norm(dim=1).max() * Y.norm(dim=1).max()).item()
+        if gap > torch.finfo(self.dtype).eps ** 0.5 * scale:
+            raise GradientError(
+                f"second derivatives of this loss are not symmetric: u^T H v and v^T H u differ by "
+                f"{gap:.3g} for random u and v. An operation of the model has a wrong second "
+                "derivative (its backward is not differentiable as written, or torch is mistaken): "
+                "check it with torch.autograd.gradgradcheck, or use GaussNewton"
+            )
 
     def _method(self) -> str:
         return "differentiate the kept graph of the gradient"

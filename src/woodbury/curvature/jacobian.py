@@ -16,7 +16,7 @@ from woodbury.curvature.matrix import (
     LinearizedOutputs,
     Params,
     Setting,
-    columns_of,
+    empty_rows,
     finite_outputs,
     rows_of,
 )
@@ -119,8 +119,8 @@ class Jacobian(LinearOperator):
     def _backward(self, Y: Tensor) -> Tensor:
         k = Y.shape[1]
         U = Y.detach().reshape(self.objective.num_examples, *self._each, k).movedim(-1, 0)
-        out = torch.zeros(k, self.shape[1], dtype=self.dtype, device=self.device)
+        out = empty_rows(k, Y.new_empty(self.shape[1], 0))
         for index, batch in enumerate(self._linearizations.passes("transposed product", k)):
             assert isinstance(batch, JacobianLinearized)  # made by LinearizedOutputs
             batch.vjp(U[:, batch.rows].contiguous(), out, add=index > 0)
-        return columns_of(out)
+        return out.t()

@@ -126,11 +126,13 @@ class Linearizations:
             linearized = self._linearized(batch, columns)
             yield linearized
             self.used |= linearized.used  # forward mode knows after the product
-        self.count = index + 1
         self.problem.require_used(self.used)
+        self.count = index + 1
 
     def _linearized(self, batch: Batch, columns: int) -> Linearized:
         left = 0 if self.full else self.budget - self.nbytes
+        if not self.full and left <= 0:
+            self.full, self.reason = True, "the budget is used up"
         # Solvers multiply under no_grad; a linearisation is a graph all the same.
         with torch.enable_grad():
             linearized = self.linearize(batch, left, columns)

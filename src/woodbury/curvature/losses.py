@@ -22,10 +22,16 @@ class Criterion:
         function: maps ``(output, target)`` to losses ``[B, ...]`` or to their mean, a scalar.
         reduction: how the elements of one example are put together, ``"mean"`` or ``"sum"``.
         convex: whether the loss is known to be convex in the outputs.
+        linear: whether it is known to be linear in them, at least piece by piece.
     """
 
     def __init__(
-        self, function: Callable[[Any, Any], Tensor], reduction: str = "mean", convex: bool = False
+        self,
+        function: Callable[[Any, Any], Tensor],
+        reduction: str = "mean",
+        *,
+        convex: bool = False,
+        linear: bool = False,
     ) -> None:
         if reduction not in ("none", "mean", "sum", "batchmean"):
             raise ArgumentError(f"reduction is {reduction!r}; use 'mean', 'sum' or 'none'")
@@ -33,6 +39,7 @@ class Criterion:
         # "batchmean" is torch's name for: sum over elements, mean over examples.
         self.add = reduction in ("sum", "batchmean")
         self.convex = convex
+        self.linear = linear
 
     def losses(self, output: Tensor, target: Any, size: int) -> Tensor:
         """Losses ``[size]``, or their mean where the function gives no more than that."""
@@ -45,7 +52,7 @@ class Criterion:
             leaf = output.detach().requires_grad_()
             total = weighted_sum(self.losses(leaf, target, size), weights, size)
             (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
-        if not slope.requires_grad:
+        if self.linear or not slope.requires_grad:
             raise StructureError(
                 "the criterion is linear in the outputs, so its Gauss-Newton matrix is zero; move "
                 "the last nonlinearity into the criterion (cross_entropy on logits instead of NLL "

@@ -72,7 +72,8 @@ class Objective(Problem):
             per row with a shuffling loader.
         ShapeError: ``weights`` or ``l2`` of another size.
         DtypeError, DeviceError: parameters of several dtypes or on several devices.
-        GradientError: nothing is selected; at use, a parameter that the loss does not depend on.
+        GradientError: nothing is selected; at use, a parameter that the loss does not depend on, or
+            a model with activation checkpointing, which would recompute with its own parameters.
         NonDeterministicError: at the first use, two evaluations of the first batch differ.
         NonFiniteError: at use, the loss of a batch is NaN or infinite.
 
@@ -259,14 +260,14 @@ class Objective(Problem):
             ]
         return self.in_order(pieces)
 
-    def per_example_gradients(self, rows: int | None = None) -> Iterator[Tensor]:
+    def per_example_gradients(self, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         r"""The gradients $\nabla\ell_i$ of the losses without weights and regulariser, in chunks.
 
         Args:
             rows: examples in a chunk; default as many as take 64 MiB.
 
         Returns:
-            An iterator over ``[b, n]``, in the order of the data.
+            An iterator over pairs: places in the data ``[b]`` and gradients ``[b, n]``.
 
         Raises:
             ArgumentError: ``rows`` is not positive.
@@ -282,9 +283,10 @@ class Objective(Problem):
             >>> objective = Objective.functional(
             ...     lambda p, x: (x @ p["w"]) ** 2, {"w": torch.tensor([2.0])}, [x]
             ... )
-            >>> torch.cat(list(objective.per_example_gradients()))
-            tensor([[ 4.],
-                    [36.]])
+            >>> for rows, gradients in objective.per_example_gradients():
+            ...     print(rows, gradients)
+            tensor([0, 1]) tensor([[ 4.],
+                                   [36.]])
         """
         from woodbury.curvature.per_example import per_example_gradients
 

@@ -19,7 +19,7 @@ __all__ = ["per_example_gradients"]
 _CHUNK_BYTES = 64 * 2**20
 
 
-def per_example_gradients(problem: Problem, rows: int | None) -> Iterator[Tensor]:
+def per_example_gradients(problem: Problem, rows: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """See :meth:`woodbury.Objective.per_example_gradients`."""
     if rows is None:
         itemsize = torch.finfo(problem.dtype).bits // 8
@@ -30,23 +30,25 @@ def per_example_gradients(problem: Problem, rows: int | None) -> Iterator[Tensor
     return _chunks(problem, rows)
 
 
-def _chunks(problem: Problem, rows: int) -> Iterator[Tensor]:
+def _chunks(problem: Problem, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     vectorized = not problem.replayed
     for batch in problem.batches("gradients per example"):
+        places = batch.places().to(problem.device)
         for start in range(0, batch.size, rows):
             stop = min(start + rows, batch.size)
             if vectorized:
                 try:
-                    yield _vectorized(problem, batch, start, stop)
+                    yield places[start:stop], _vectorized(problem, batch, start, stop)
                     continue
                 except (RuntimeError, ValueError):  # the model has something that vmap cannot do
                     vectorized = False
-            yield _one_by_one(problem, batch, start, stop)
+            yield places[start:stop], _one_by_one(problem, batch, start, stop)
 
 
 def _one_by_one(problem: Problem, batch: Batch, start: int, stop: int) -> Tensor:
     leaves = problem.leaves()
-    losses = per_example(problem.losses(leaves, batch), "gradients per example")
+    with torch.enable_grad():
+        losses = per_example(problem.losses(leaves, batch), "gradients per example")
     result = torch.zeros(
         stop - start, problem.space.dim, dtype=problem.dtype, device=problem.device
     )
@@ -73,7 +75,8 @@ def _vectorized(problem: Problem, batch: Batch, start: int, stop: int) -> Tensor
         given = iter(row)
         data = [next(given)[None] if cut else x for x, cut in zip(parts, sliced, strict=True)]
         single = Batch(batch.index, tree_unflatten(data, structure), 1, slice(0, 1))
-        return problem.losses(problem.space.unflatten(flat), single).sum()
+        losses = problem.losses(problem.space.unflatten(flat), single)
+        return per_example(losses, "gradients per example").sum()
 
     flat = problem.params_vector()
     gradient: Callable[..., Any] = torch.func.grad(loss)

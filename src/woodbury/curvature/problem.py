@@ -56,6 +56,7 @@ class Problem:
         self.l2 = self._checked_l2(l2)
         self._weights = self._checked_weights(weights)
         self._verified = False
+        self.seen_symmetric = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +72,11 @@ class Problem:
     def num_examples(self) -> int:
         """``N``; asked first, it costs a pass over the data where that is not in memory."""
         return self._batches.num_examples
+
+    @property
+    def known_examples(self) -> int | None:
+        """``N`` where it is known without another pass over the data."""
+        return self._batches.known_examples
 
     @property
     def criterion(self) -> Criterion:
@@ -216,6 +222,8 @@ class Problem:
                 )
 
     def _checked_l2(self, l2: float | Tensor) -> float | Tensor:
+        if not bool(torch.isfinite(torch.as_tensor(l2)).all()):
+            raise NonFiniteError("l2 holds NaN or infinity")
         if not isinstance(l2, Tensor):
             return float(l2)
         if l2.dim() == 0:
@@ -237,10 +245,10 @@ class Problem:
                 f"weights have shape {tuple(weights.shape)}, expected [{self.num_examples}], one "
                 "per example"
             )
-        if not bool(torch.isfinite(weights).all()):
-            raise NonFiniteError("weights hold NaN or infinity")
         if weights.device != self.device:
             raise DeviceError(f"weights are on {weights.device}, the parameters on {self.device}")
+        if not bool(torch.isfinite(weights).all()):
+            raise NonFiniteError("weights hold NaN or infinity")
         return weights.detach().to(self.dtype)
 
     def output_shape(self) -> torch.Size:

@@ -37,8 +37,9 @@ __all__ = ["SignalJacobian", "make_signals"]
 # A multiplication with a signal is bound by memory, and about this many times slower than one in a
 # product of matrices (measured: 12 against 160 GFLOP/s on one core).
 _SLOWNESS = 16
-# Columns of a block are taken together while their intermediate tensors stay below this.
-_BLOCK_BYTES = 16 * 2**20
+# Columns of a block are taken together while their intermediate tensors stay below this: within the
+# cache, or beyond it where many signals are to be read, once for all of these columns.
+_CACHE_BYTES, _BLOCK_BYTES = 2**20, 16 * 2**20
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
@@ -51,6 +52,7 @@ class Layer:
     bias: int | None
     shape: torch.Size
     edge: Any  # into the graph at its outputs; None once that is of no use
+    following: int = 0  # outputs of the next layer, whoever's it is
     is_output: bool = False
     signal: Tensor | None = None
 
@@ -83,6 +85,8 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _note(self, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        if self.layers and not self.layers[-1].following:
+            self.layers[-1].following = result.shape[-1]
         slots = self.place.get(id(weight)), self.place.get(id(bias))
         if slots == (None, None) or x.dim() < 2:
             return
@@ -126,10 +130,9 @@ def make_signals(
 def _worthwhile(layers: list[Layer], outputs: int, size: int) -> list[Layer]:
     """The layers whose signals cost less than the way through the layers behind them."""
     chosen = []
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        spared = 0 if following is None else following.out
+    for layer in layers:
         small = outputs * layer.width * size <= layer.x.numel()
-        if not layer.is_output and (_SLOWNESS * outputs <= spared or small):
+        if not layer.is_output and (_SLOWNESS * outputs <= layer.following or small):
             chosen.append(layer)
     return chosen
 
@@ -191,7 +194,7 @@ class SignalJacobian(JacobianLinearized):
         self.output = z if self.behind else None
         self.pulled: list[GradientEdge] = []
         widest = max(layer.width for layer in layers) * len(z) * z.element_size()
-        self.step = max(1, _BLOCK_BYTES // widest)
+        self.step = max(1, (_BLOCK_BYTES if self.outputs > 2 else _CACHE_BYTES) // widest)
 
     def close(self, z: Tensor, resident: Sequence[Tensor]) -> None:
         """Keep only what products need, and measure it."""
@@ -248,10 +251,12 @@ class SignalJacobian(JacobianLinearized):
         views = [self.layout.views(row) for row in out]
         written = set(range(len(self.layout.sizes))) if add else set()
         through = [self._pull(u) for u in U]
-        cotangent = U.reshape(k, size, -1).transpose(0, 1)
+        cotangent = U.reshape(k, size, -1).transpose(0, 1).contiguous()
         for layer in self.layers:
             if layer.signal is not None:
-                dy = cotangent @ layer.signal
+                # For one output, torch is slow to see that this is no product of matrices.
+                one = self.outputs == 1
+                dy = cotangent * layer.signal if one else cotangent @ layer.signal
             elif layer.is_output:
                 dy = cotangent
             for j in range(k):
