@@ -61,7 +61,7 @@ def classify(name: str, column: pd.Series, *, text: bool, where: str) -> Column:
 
     Example:
         >>> import pandas as pd
-        >>> classify("size", pd.Series([1.0, 2.0, None]), text=False, where="t.csv").kind
+        >>> classify("size", pd.Series([1.5, 2.0, 3.0, None]), text=False, where="t.csv").kind
         'numeric'
     """
     if isinstance(column.dtype, pd.CategoricalDtype):
