@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.curvature.reference import apart, classification, network, unequal
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from woodbury import Fisher, GaussNewton, Jacobian, Objective
 from woodbury.curvature.graphs import GraphJacobian
@@ -174,6 +175,24 @@ def test_wide_blocks_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     parts = GaussNewton(objective)
     assert apart(parts @ V, whole) < 1e-13
     assert {linearized.step for linearized in kept(parts)} == {2, 9}
+
+
+def test_signals_do_not_cost_other_batches_their_place() -> None:
+    """Where signals of all batches do not fit, all are kept as graphs, which are smaller."""
+    model, (x, y) = network((3, 64, 65, 66, 4)), classification(40, 3, 4)
+    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)]
+    objective = Objective(model, "cross_entropy", data)
+    objective_of_loader = Objective(model, "cross_entropy", DataLoader(TensorDataset(x, y), 8))
+    v = torch.randn(objective.space.dim, dtype=F64)
+    whole = GaussNewton(objective)
+    expected = whole @ v
+    needed = whole.cache_report().nbytes
+    for given in (objective, objective_of_loader):
+        operator = GaussNewton(given, cache=int(0.7 * needed))
+        assert apart(operator @ v, expected) < 1e-12
+        assert operator.cache_report().cached == 5
+        assert way(operator) is GraphJacobian
+        assert way(GaussNewton(given, cache=2 * needed)) is SignalJacobian
 
 
 def test_half_precision_has_no_signals() -> None:

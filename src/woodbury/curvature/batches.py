@@ -244,6 +244,16 @@ class Batches:
         """The number of examples where it is known or costs nothing to find."""
         return self.num_examples if self.in_memory else self._examples
 
+    @property
+    def share(self) -> float:
+        """One over the number of batches, or 0 where that is not known."""
+        if self._count is not None:
+            return 1 / self._count
+        try:
+            return 1 / len(self._source)  # type: ignore[arg-type]
+        except (TypeError, ZeroDivisionError):
+            return 0.0
+
     def require_rows(self, what: str) -> None:
         """Raise unless it is known which row of the data each example is."""
         if self.ordered or (self.num_examples and self._indexed):
@@ -326,6 +336,9 @@ class _Replayed:
         found = [getattr(holder, "generator", None) for holder in holders]
         generators = {id(g): g for g in found if isinstance(g, torch.Generator)}
         self.generators = [(g, g.get_state()) for g in generators.values()]
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         before = [(generator, generator.get_state()) for generator, _ in self.generators]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ class Layout:
                 view.add_(part, alpha=factor)
             else:
                 torch.mul(part, factor, out=view)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes for the linearisation of one batch.
+
+    Attributes:
+        left: what is left of the budget; 0 where nothing more is kept.
+        share: its part of the whole budget, were it divided among all examples.
+    """
+
+    left: int
+    share: int
 
 
 class Linearized:

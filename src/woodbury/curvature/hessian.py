@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from woodbury.curvature.batches import Batch
-from woodbury.curvature.graphs import GraphHessian, Linearized
+from woodbury.curvature.graphs import GraphHessian, Linearized, Room
 from woodbury.curvature.linearization import Cache
 from woodbury.curvature.matrix import BatchedCurvature
 from woodbury.curvature.objective import Objective
@@ -59,7 +60,7 @@ class Hessian(BatchedCurvature):
     def __init__(self, objective: Objective, cache: Cache = "auto") -> None:
         super().__init__(objective, cache, frozenset({"symmetric"}))
 
-    def _linearize(self, batch: Batch, budget: int, columns: int) -> Linearized:
+    def _linearize(self, batch: Batch, room: Room, columns: int) -> Linearized:
         leaves = self.objective.leaves()
         result = GraphHessian(self.objective.batch_loss(leaves, batch), leaves, self._layout)
         result.measure(self.objective.resident(batch))
@@ -70,19 +71,31 @@ class Hessian(BatchedCurvature):
 
     def _require_symmetry(self, batch: GraphHessian) -> None:
         """Second derivatives are written by hand somewhere, and a wrong one shows here."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape = (2, self.shape[1])
-        X = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        Y = torch.empty_like(X)
-        batch.apply(X, Y, 1.0, add=False)
-        gap = (X[0].dot(Y[1]) - X[1].dot(Y[0])).abs().item()
-        scale = (X.norm(dim=1).max() * Y.norm(dim=1).max()).item()
+
+        def apply(row: Tensor) -> Tensor:
+            out = torch.empty_like(row)
+            batch.apply(row, out, 1.0, add=False)
+            return out
+
+        def probe() -> Tensor:
+            generator = torch.Generator(self.device).manual_seed(0)
+            shape = (1, self.shape[1])
+            return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+        # If H is symmetric, then u^T H (H u) = |H u|^2; u is drawn twice to save its memory.
+        once = apply(probe())
+        twice = apply(once)
+        square = once.square().sum().item()
+        u = probe()
+        other = (u * twice).sum().item()
+        gap = abs(other - square)
+        scale = square + (u.norm() * twice.norm()).item()
         if gap > torch.finfo(self.dtype).eps ** 0.5 * scale:
             raise GradientError(
-                f"second derivatives of this loss are not symmetric: u^T H v and v^T H u differ by "
-                f"{gap:.3g} for random u and v. An operation of the model has a wrong second "
-                "derivative (its backward is not differentiable as written, or torch is mistaken): "
-                "check it with torch.autograd.gradgradcheck, or use GaussNewton"
+                "second derivatives of this loss are not symmetric: for a random u, u^T H H u is "
+                f"{other:.4g} and |H u|^2 is {square:.4g}. An operation of the model has a wrong "
+                "second derivative (its backward is not differentiable as written, or torch is "
+                "mistaken): check it with torch.autograd.gradgradcheck, or use GaussNewton"
             )
 
     def _method(self) -> str:

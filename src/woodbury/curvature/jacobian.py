@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
-from woodbury.curvature.graphs import JacobianLinearized, Layout, Linearized
+from woodbury.curvature.graphs import JacobianLinearized, Layout, Linearized, Room
 from woodbury.curvature.linearization import Cache, CacheReport, Linearizations
 from woodbury.curvature.losses import per_example
 from woodbury.curvature.matrix import (
@@ -95,8 +95,8 @@ class Jacobian(LinearOperator):
 
         return evaluate, lambda z: lambda U: U
 
-    def _linearize(self, batch: Batch, budget: int, columns: int) -> Linearized:
-        return self._outputs(batch, budget, columns)
+    def _linearize(self, batch: Batch, room: Room, columns: int) -> Linearized:
+        return self._outputs(batch, room, columns)
 
     def _matmat(self, X: Tensor) -> Tensor:
         if X.requires_grad and torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from woodbury.curvature.batches import Batch
-from woodbury.curvature.graphs import Linearized
+from woodbury.curvature.graphs import Linearized, Room
 from woodbury.curvature.memory import available_bytes, in_words
 from woodbury.curvature.problem import Problem
 from woodbury.errors import ArgumentError, GradientError
@@ -65,7 +65,8 @@ class Linearizations:
 
     Args:
         problem: what is linearised.
-        linearize: makes the linearisation of a batch within so many bytes (0: it is used once).
+        linearize: makes the linearisation of a batch, given the room for it and the number of
+            columns of the product it is made for.
         cache: budget, ``"auto"``, a number of bytes, or ``None``, 0 or ``"off"``.
 
     Raises:
@@ -75,7 +76,7 @@ class Linearizations:
     def __init__(
         self,
         problem: Problem,
-        linearize: Callable[[Batch, int, int], Linearized],
+        linearize: Callable[[Batch, Room, int], Linearized],
         cache: Cache,
     ) -> None:
         self.problem = problem
@@ -133,9 +134,10 @@ class Linearizations:
         left = 0 if self.full else self.budget - self.nbytes
         if not self.full and left <= 0:
             self.full, self.reason = True, "the budget is used up"
+        room = Room(left, 0 if self.full else int(self.budget * self.problem.share(batch)))
         # Solvers multiply under no_grad; a linearisation is a graph all the same.
         with torch.enable_grad():
-            linearized = self.linearize(batch, left, columns)
+            linearized = self.linearize(batch, room, columns)
         linearized.rows = batch.rows
         if self.full:
             return linearized

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
-from woodbury.curvature.graphs import ForwardJacobian, GraphJacobian, Layout, Linearized
+from woodbury.curvature.graphs import ForwardJacobian, GraphJacobian, Layout, Linearized, Room
 from woodbury.curvature.linearization import Cache, CacheReport, Linearizations
 from woodbury.curvature.losses import Product
 from woodbury.curvature.objective import Objective
@@ -83,7 +83,7 @@ class BatchedCurvature(LinearOperator):
         """What is kept between products, and why; ``print`` it to read it."""
         return self._linearizations.report(self._method())
 
-    def _linearize(self, batch: Batch, budget: int, columns: int) -> Linearized:
+    def _linearize(self, batch: Batch, room: Room, columns: int) -> Linearized:
         raise NotImplementedError
 
     def _method(self) -> str:
@@ -137,11 +137,11 @@ class LinearizedOutputs:
         self.try_signals = True
         self.method = "differentiate the kept graphs of the outputs and of their pullback"
 
-    def __call__(self, batch: Batch, budget: int, columns: int) -> Linearized:
+    def __call__(self, batch: Batch, room: Room, columns: int) -> Linearized:
         """The linearisation of ``batch`` for a product with so many ``columns``."""
-        if budget == 0 and columns == 1 and self.forward_mode:
+        if room.left == 0 and columns == 1 and self.forward_mode:
             return _OneVector(self, batch)
-        if budget > 0 and self.try_signals:
+        if room.left > 0 and self.try_signals:
             evaluate, make_middle = self.setting(batch)
             signals = make_signals(
                 evaluate,
@@ -149,7 +149,7 @@ class LinearizedOutputs:
                 self.layout,
                 make_middle,
                 self.objective.resident(batch),
-                budget,
+                room,
             )
             if signals is not None:
                 self.method = "multiply the kept inputs and signals of the linear layers"
@@ -205,8 +205,8 @@ class OutputCurvature(BatchedCurvature):
     def _setting(self, batch: Batch) -> Setting:
         raise NotImplementedError
 
-    def _linearize(self, batch: Batch, budget: int, columns: int) -> Linearized:
-        return self._outputs(batch, budget, columns)
+    def _linearize(self, batch: Batch, room: Room, columns: int) -> Linearized:
+        return self._outputs(batch, room, columns)
 
     def _method(self) -> str:
         return self._outputs.method

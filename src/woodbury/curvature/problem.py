@@ -78,6 +78,12 @@ class Problem:
         """``N`` where it is known without another pass over the data."""
         return self._batches.known_examples
 
+    def share(self, batch: Batch) -> float:
+        """About what part of all examples are in ``batch``; 0 where nobody knows."""
+        if self.known_examples is not None:
+            return batch.size / self.known_examples
+        return self._batches.share
+
     @property
     def criterion(self) -> Criterion:
         """The criterion on outputs.

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from woodbury.curvature.graphs import JacobianLinearized, Layout
+from woodbury.curvature.graphs import JacobianLinearized, Layout, Room
 from woodbury.curvature.losses import Product
 from woodbury.curvature.memory import graph_bytes, storage_bytes
 
@@ -102,7 +102,7 @@ def make_signals(
     layout: Layout,
     make_middle: Callable[[Tensor], Product],
     resident: Sequence[Tensor],
-    budget: int,
+    room: Room,
 ) -> SignalJacobian | None:
     """The Jacobian of a batch by signals, or ``None`` where that is not possible or not better."""
     values = list(leaves.values())
@@ -117,7 +117,11 @@ def make_signals(
     layers[-1].is_output = get_gradient_edge(z) == layers[-1].edge
     chosen = _worthwhile(layers, outputs, len(z))
     needed = sum(len(z) * outputs * layer.width for layer in chosen) * z.element_size()
-    if needed > budget or not (chosen or all(layer.is_output for layer in layers)):
+    held = storage_bytes(layer.x for layer in layers)
+    # Signals that outweigh the inputs of their layers must not cost other batches their place.
+    if needed > room.left or (needed > held and needed + held > room.share):
+        return None
+    if not (chosen or all(layer.is_output for layer in layers)):
         return None
     _fill(z, chosen, outputs)
     result = SignalJacobian(z, layers, layout, make_middle(z.detach()))
