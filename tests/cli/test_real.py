@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,18 +61,34 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(table: Path) -> Path:
-    out = table.parent / "undisturbed"
-    done = finish(table, "--label", "digit", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
+def undisturbed(table: Path) -> Callable[[str], Path]:
+    """The folder of an undisturbed run with a model."""
+
+    def run(model: str) -> Path:
+        out = table.parent / model
+        if not out.exists():
+            done = finish(table, "--label", "digit", "--model", model, "--out", out)
+            assert done.returncode == 0, done.stderr
+        return out
+
+    return run
 
 
-@pytest.mark.parametrize("stage", ["round 1", "round 2", "writing"])
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [
+        ("kernel", "round 1"),
+        ("linear", "round 2"),
+        ("kernel", "writing"),
+        pytest.param("kernel", "round 2", marks=pytest.mark.slow),
+        pytest.param("linear", "round 3", marks=pytest.mark.slow),
+        pytest.param("mlp", "round 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_result(
-    stage: str, table: Path, undisturbed: Path, tmp_path: Path
+    model: str, stage: str, table: Path, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    words = (table, "--label", "digit", "--out", tmp_path / "out")
+    words = (table, "--label", "digit", "--model", model, "--out", tmp_path / "out")
     assert kill_when(stage, *words) == -signal.SIGKILL
     assert not (tmp_path / "out" / "report.html").exists()
     refused = finish(*words)
@@ -81,15 +98,18 @@ def test_a_killed_run_resumes_to_the_same_result(
     assert done.returncode == 0, done.stderr
     assert "choosing the model" not in done.stderr  # what was done is not done again
     for name in ("rows.csv", "cleaned.csv"):
-        assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (undisturbed(model) / name).read_bytes()
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_resuming_a_finished_run_changes_nothing(undisturbed: Path, table: Path) -> None:
-    before = (undisturbed / "rows.csv").read_bytes()
-    done = finish(table, "--label", "digit", "--out", undisturbed, "--resume")
+def test_resuming_a_finished_run_changes_nothing(
+    undisturbed: Callable[[str], Path], table: Path
+) -> None:
+    out = undisturbed("kernel")
+    before = (out / "rows.csv").read_bytes()
+    done = finish(table, "--label", "digit", "--model", "kernel", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
-    assert (undisturbed / "rows.csv").read_bytes() == before
+    assert (out / "rows.csv").read_bytes() == before
 
 
 def test_demo_finds_what_it_falsified(tmp_path: Path) -> None:
@@ -104,10 +124,12 @@ def test_demo_finds_what_it_falsified(tmp_path: Path) -> None:
     assert sorted(rows["rank"]) == list(range(1, 1798))
 
 
-def test_the_same_seed_gives_the_same_rows_from_python(table: Path, undisturbed: Path) -> None:
+def test_the_same_seed_gives_the_same_rows_from_python(
+    table: Path, undisturbed: Callable[[str], Path]
+) -> None:
     frame = pd.read_csv(table)
-    found = woodbury.clean(frame, label="digit").rows
-    stored = pd.read_csv(undisturbed / "rows.csv")
+    found = woodbury.clean(frame, label="digit", model="kernel").rows
+    stored = pd.read_csv(undisturbed("kernel") / "rows.csv")
     assert found["suggested_label"].tolist() == stored["suggested_label"].tolist()
     np.testing.assert_allclose(found["error_probability"], stored["error_probability"], atol=1e-4)
 

@@ -26,11 +26,24 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "solve_status": (INVERSE, "solve", "how the last system of equations ended"),
     "solve_products": (INVERSE, "products", "multiplications by the matrix in the last solve"),
+    "status": (INVERSE, "solve", "how the last system of equations ended"),
+    "stationarity": (
+        INVERSE,
+        "stationarity",
+        "slope of the loss where the fit stopped, relative to where it began; 0 is exact",
+    ),
+    "suboptimality": (INVERSE, "suboptimality", "how far the loss is from its optimum"),
     "suboptimality_per_row": (
         INVERSE,
         "suboptimality",
         "how far the fit is from its optimum, in units of the loss of one row",
     ),
+    "largest_leverage": (
+        INVERSE,
+        "largest leverage",
+        "how much the most influential row decides its own prediction",
+    ),
+    "unstable_rows": (INVERSE, "unstable rows", "rows too influential to be left out by a formula"),
     "features_kept_in_memory": (
         INVERSE,
         "kept in memory",
@@ -67,9 +80,20 @@ METHODS = {
     "block leverage": "each row is left out by one Newton step, all classes together",
     "class-wise leverage": "each row is left out by one Newton step, class by class",
     "leverage": "closed form: exact up to rounding",
+    "Gauss-Newton leave-one-out, Cholesky": "each row is left out by one Gauss-Newton step",
 }
-# Shown elsewhere in the report.
-SHOWN_BY_CLASS = "noise.labels_kept_by_class"
+# Shown elsewhere in the report, or said by others already; all of it is in summary.json.
+HIDDEN = {
+    "noise.labels_kept_by_class",
+    "calls",
+    "failed_columns",
+    "failures",
+    "meaning",
+    "ok",
+    "recipe",
+    "residual",
+    "steps",
+}
 
 
 def certificate_groups(certificate: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -90,7 +114,7 @@ def certificate_groups(certificate: dict[str, Any]) -> dict[str, list[dict[str, 
     groups: dict[str, list[dict[str, str]]] = {INVERSE: [], FIT: []}
     flat = _flat(certificate, "")
     for key in sorted(flat, key=lambda name: list(WORDS).index(name) if name in WORDS else 99):
-        if key == SHOWN_BY_CLASS:
+        if key in HIDDEN:
             continue
         plain = key.replace("_", " ").replace(".", ": ")
         group, name, meaning = WORDS.get(key, (INVERSE, plain, ""))
