@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
+from woodbury import Objective
+
 Function = Callable[[Tensor], Tensor]
 
 
@@ -90,3 +92,29 @@ def apart(A: Tensor, B: Tensor) -> float:
     """Largest difference relative to the largest entry."""
     assert A.shape == B.shape, (A.shape, B.shape)
     return float((A - B).abs().max() / B.abs().max().clamp_min(1e-300))
+
+
+def classifier(rows: int = 9):
+    """A model, its data in unequal batches, and the losses of its rows by hand."""
+    sizes = (3, 4, 2)
+    model = network(sizes)
+    x, y = classification(rows, sizes[0], sizes[-1])
+
+    def losses(flat: Tensor) -> Tensor:
+        return cross_entropy(mlp(flat, x, sizes, torch.tanh), y)
+
+    return model, unequal(x, y), losses, flat_parameters(model)
+
+
+def gradient_of(function: Function, flat: Tensor) -> Tensor:
+    """The gradient of a scalar, the Jacobian of a vector."""
+    return jacobian(function, flat)
+
+
+def all_gradients(objective: Objective, rows: int | None = None) -> Tensor:
+    """Gradients per example, put into the order of the data."""
+    result = torch.full((objective.num_examples, objective.space.dim), float("nan"))
+    result = result.to(torch.float64)
+    for places, gradients in objective.per_example_gradients(rows):
+        result[places] = gradients
+    return result

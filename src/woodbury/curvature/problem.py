@@ -50,6 +50,11 @@ class Problem:
         paired: bool,
     ) -> None:
         self.space = Space.of(params)
+        dtype = next(iter(params.values())).dtype
+        if not dtype.is_floating_point:
+            raise DtypeError(
+                f"parameters are {dtype}; objectives are of real floating-point numbers"
+            )
         self._params = {name: tensor.detach() for name, tensor in params.items()}
         self.allow_unused = allow_unused
         self._batches = Batches(data, self.device, progress, paired=paired)
