@@ -43,7 +43,6 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.installed-app
 	@$(BIN)/woodbury clean --demo digits </dev/null
-	@echo "The report is $(CURDIR)/woodbury-report/digits/report.html"
 
 test: lint types imports docs pytest
 	@echo "all checks passed"
