@@ -65,16 +65,17 @@ class CoupledCurvature:
         """
         (_, d), C = X.shape, P.shape[1]
         matrix = torch.zeros(C * d, C * d, dtype=torch.float64, device=X.device)
+        size = torch.zeros(C * d, dtype=torch.float64, device=X.device)
         for part in _blocks(X, C * d):
-            x, p = X[part], P[part].to(X.dtype)
-            spread = (p[:, :, None] * x[:, None, :]).reshape(len(x), C * d)
-            weighted = spread * weights[part, None].to(X.dtype)
-            matrix -= weighted.mT @ spread
-            own = (weighted.mT @ x).double().view(C, d, d)
+            x = X[part] * weights[part, None].sqrt().to(X.dtype)
+            spread = (P[part].to(X.dtype)[:, :, None] * x[:, None, :]).reshape(len(x), C * d)
+            matrix -= spread.mT @ spread
+            own = (spread.mT @ x).double().view(C, d, d)
             for c in range(C):
                 matrix[c * d : (c + 1) * d, c * d : (c + 1) * d] += own[c]
-        matrix.diagonal().add_(penalty.double().repeat(C) + _rounding(matrix, X.dtype))
-        return cls(matrix, _factor(matrix), C)
+            size += own.diagonal(dim1=1, dim2=2).flatten()
+        matrix.diagonal().add_(penalty.double().repeat(C))
+        return cls(matrix, _factor(matrix, torch.finfo(X.dtype).eps * size.amax()), C)
 
     def solve(self, G: Tensor) -> Tensor:
         """$H^{-1}$ times a block of parameters ``[d, C]``."""
@@ -124,8 +125,9 @@ class ClasswiseCurvature:
             scale = (weights[part, None] * classwise_bend(P[part])).to(X.dtype)
             for c in range(C):
                 matrices[c] += x.mT @ (x * scale[:, c, None])
-        matrices.diagonal(dim1=1, dim2=2).add_(penalty.double() + _rounding(matrices, X.dtype))
-        return cls(matrices, _factor(matrices))
+        rounding = torch.finfo(X.dtype).eps * matrices.diagonal(dim1=1, dim2=2).amax()
+        matrices.diagonal(dim1=1, dim2=2).add_(penalty.double())
+        return cls(matrices, _factor(matrices, rounding))
 
     def solve(self, G: Tensor) -> Tensor:
         """The inverse of the blocks times a block of parameters ``[d, C]``."""
@@ -212,18 +214,17 @@ def _without_row(L: Tensor, p: Tensor, w: Tensor) -> Tensor:
     return eye - w[:, None, None] * bent
 
 
-def _rounding(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding of the products may have taken from the smallest eigenvalue."""
-    return 4 * torch.finfo(dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).abs().amax()
-
-
-def _factor(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        raise NotPositiveDefiniteError(
-            "the Hessian of the logistic model is singular to working precision; raise the penalty"
-        )
-    return factor
+def _factor(matrix: Tensor, rounding: Tensor) -> Tensor:
+    """Cholesky factor; where rounding of the products has made it indefinite, that is added."""
+    for _ in range(4):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not bool((info != 0).any()):
+            return factor
+        matrix.diagonal(dim1=-2, dim2=-1).add_(rounding)
+        rounding = 10 * rounding
+    raise NotPositiveDefiniteError(
+        "the Hessian of the logistic model is singular to working precision; raise the penalty"
+    )
 
 
 def _blocks(X: Tensor, width: int) -> Iterator[slice]:

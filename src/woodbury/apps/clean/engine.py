@@ -32,7 +32,7 @@ __all__ = ["EngineResult", "run"]
 
 Progress = Callable[[str, float], None]
 
-MODELS = ("linear", "kernel")
+MODELS = ("linear", "kernel", "mlp")
 MAX_ROUNDS = 6
 # Settled: error probabilities change by less than this on average.
 SETTLED = 2e-3
@@ -180,7 +180,7 @@ def _make(name: str, data: Data) -> Model:
 
 def _first_noise(data: Data) -> NoiseModel:
     if data.regression:
-        return ResidualNoise(1.0)
+        return ResidualNoise()
     return LabelNoise.start(data.targets()[:1000])
 
 
@@ -208,43 +208,53 @@ def _choose(data: Data, model: str, report: Progress) -> State:
 def _rounds(
     data: Data, model: Model, state: State, store: Checkpoint, report: Progress
 ) -> tuple[State, HeldOut, Judgement]:
-    noise = _first_noise(data)
-    previous = state.error
+    """Fit, judge and weigh until error probabilities settle."""
     while True:
-        stage = f"round {state.round + 1}"
-        if state.round == 1 and not state.retuned and model.retunes:
-            rows = data.sample(TUNING_ROWS)
-            model.tune(rows, state.weights, _first_noise(data), lambda f: report("tuning again", f))
-            # With all rows the penalty had to fight the noise; weights that have seen the labels
-            # make the held-out score too rosy. Half way, in the logarithm.
-            again = model.settings()
-            between = {name: (again[name] * value) ** 0.5 for name, value in state.settings.items()}
-            model.restore(between)
-            state = state.tuned_to(between)
+        if state.round == 1 and model.retunes and not state.retuned:
+            state = _tune_again(data, model, state, report)
             store.save(state)
-        held = model.fit(state.weights, lambda f: report(stage, 0.6 * f))
-        noise = noise.fit(held.outputs, data.observed, held.variance, data.trusted)
+        stage = f"round {state.round + 1}"
+        report(stage, 0.0)
+        held = model.fit(state.weights, _part_of(report, stage))
+        noise = _first_noise(data).fit(held.outputs, data.observed, held.variance, data.trusted)
         judged = noise.judge(held.outputs, data.observed, held.variance, data.trusted)
-        change = 1.0 if previous is None else (judged.error - previous).abs().mean().item()
-        outer = judged.losses.mean().item()
+        change = float("inf")
+        if state.error is not None:
+            change = (judged.error - state.error).abs().mean().item()
         entry = {
             "round": state.round + 1,
-            "held_out_loss": outer,
+            "held_out_loss": judged.losses.mean().item(),
             "expected_wrong_labels": judged.error.sum().item(),
-            "mean_change": change,
+            "mean_change": None if state.error is None else change,
             "mean_weight": state.weights.mean().item(),
         }
-        settled = change < SETTLED or state.round + 1 >= MAX_ROUNDS
-        if settled:
+        if change < SETTLED or state.round + 1 >= MAX_ROUNDS:
             report(stage, 1.0)
             certificate = {**held.certificate(), "noise": noise.certificate()}
             final = state.ended([*state.history, entry], certificate, change < SETTLED)
             return final, held, judged
-        weights = new_weights(data, held, judged)
+        state = state.advanced(new_weights(data, held, judged), judged.error, entry)
         report(stage, 1.0)
-        state = state.advanced(weights, judged.error, entry)
-        previous = state.error
         store.save(state)
+
+
+def _part_of(report: Progress, stage: str) -> Callable[[float], None]:
+    """Progress of the fit, which is about the first half of a round."""
+    return lambda fraction: report(stage, 0.5 * fraction)
+
+
+def _tune_again(data: Data, model: Model, state: State, report: Progress) -> State:
+    """Settings half way, in the logarithm, between those without and with weights.
+
+    Without weights the penalty has to fight the noise and is too large; with weights that have seen
+    the labels, held-out scores are too rosy and it comes out too small.
+    """
+    rows = data.sample(TUNING_ROWS)
+    model.tune(rows, state.weights, _first_noise(data), lambda part: report("tuning again", part))
+    again = model.settings()
+    between = {name: (again[name] * value) ** 0.5 for name, value in state.settings.items()}
+    model.restore(between)
+    return state.tuned_to(between)
 
 
 def new_weights(data: Data, held: HeldOut, judged: Judgement) -> Tensor:

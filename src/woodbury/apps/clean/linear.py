@@ -28,15 +28,19 @@ MOST_COLUMNS = 2000
 # The intercept is penalised a hundredth as much as the rest: enough to make the Hessian
 # invertible, which shifts of all logits would not, and too little to matter.
 INTERCEPT = 1e-2
-PENALTY_RANGE = 300.0
+LOGISTIC_RANGE = (1e-2, 1e2)
+RIDGE_RANGE = (1e-6, 1e4)
 TUNING_EVALUATIONS = 8
 SMALLEST_WEIGHT = 1e-6
 
 
 def minimize_log_penalty(
-    objective: Callable[[float], tuple[float, float]], start: float, progress: Report
+    objective: Callable[[float], tuple[float, float]],
+    start: float,
+    bounds: tuple[float, float],
+    progress: Report,
 ) -> tuple[float, float]:
-    """The best penalty tried by L-BFGS-B on its logarithm, and its score."""
+    """The best penalty tried by L-BFGS-B on its logarithm within bounds, and its score."""
     tried: list[tuple[float, float]] = []
 
     def wrapped(place: np.ndarray) -> tuple[float, np.ndarray]:
@@ -47,14 +51,14 @@ def minimize_log_penalty(
         # A unit of score is much for a unit of the logarithm: the first step is about one.
         return 20 * value, np.array([20 * slope])
 
-    center, reach = math.log(start), math.log(PENALTY_RANGE)
+    low, high = (math.log(bound) for bound in bounds)
     minimize(
         wrapped,
-        [center],
+        [min(max(math.log(start), low), high)],
         jac=True,
         method="L-BFGS-B",
-        bounds=[(center - reach, center + reach)],
-        options={"maxfun": TUNING_EVALUATIONS, "ftol": 1e-4, "gtol": 2e-2},
+        bounds=[(low, high)],
+        options={"maxfun": TUNING_EVALUATIONS, "ftol": 5e-4, "gtol": 2e-2},
     )
     value, penalty = min(tried)
     return penalty, value
@@ -116,7 +120,7 @@ class Logistic:
         def objective(penalty: float) -> tuple[float, float]:
             return classwise_score(refit(penalty), score)
 
-        self.penalty, _ = minimize_log_penalty(objective, self.penalty, progress)
+        self.penalty, _ = minimize_log_penalty(objective, self.penalty, LOGISTIC_RANGE, progress)
         fit = refit(self.penalty)
         value, _ = score(LogisticHeldOut(fit).outputs)
         self._last = fit.theta
@@ -172,7 +176,6 @@ class LogisticHeldOut:
 
     def __init__(self, fit: SoftmaxFit, columns: int | None = None) -> None:
         self._fit, self._columns = fit, columns
-        self._solve: dict[str, Any] = {}
 
     @cached_property
     def _leverage(self) -> Tensor:
@@ -182,9 +185,7 @@ class LogisticHeldOut:
     def outputs(self) -> Tensor:
         """Held-out logits ``[n, C]``."""
         fit = self._fit
-        return left_out_logits(
-            fit.logits, fit.P, fit.residual, fit.problem.weights, self._leverage
-        )
+        return left_out_logits(fit.logits, fit.P, fit.residual, fit.problem.weights, self._leverage)
 
     def weight_hypergradient(self, slopes: Tensor) -> Tensor:
         r"""$dF/dw_j = -r_j^T v^T x_j + E_j^T (z_{-j} - z_j) / w_j$ with $v = H^{-1} X^T E'$.
@@ -197,11 +198,6 @@ class LogisticHeldOut:
         pushed = push_slopes(slopes, fit.P, problem.weights, self._leverage)
         right = problem.adjoint(pushed)
         solution = fit.hessian_solve(right)
-        self._solve = {
-            "relative_residual": float(torch.as_tensor(solution.residual).max()),
-            "solve_status": solution.status.name,
-            "solve_products": solution.products,
-        }
         moved = problem.logits(solution.value.view_as(right))
         own = (slopes * (self.outputs - fit.logits)).sum(1) / problem.weights
         return own - (fit.residual * moved).sum(1)
@@ -211,12 +207,15 @@ class LogisticHeldOut:
         fit, problem = self._fit, self._fit.problem
         L, p = self._leverage, fit.P
         if L.dim() == 3:
-            taken = (L.diagonal(dim1=1, dim2=2) * p).sum(1) - torch.einsum("ia,iab,ib->i", p.to(L), L, p.to(L))
+            q = p.to(L.dtype)
+            taken = (L.diagonal(dim1=1, dim2=2) * q).sum(1) - (
+                (L @ q[:, :, None])[:, :, 0] * q
+            ).sum(1)
         else:
             taken = (L * classwise_bend(p)).sum(1)
         n, d, C = len(p), problem.X.shape[1], problem.classes
-        if not self._solve and self._columns is not None:
-            self.weight_hypergradient(torch.zeros_like(p))
+        # The solve that says how the parameters follow the penalty; that of weights is alike.
+        solution = fit.hessian_solve(problem.penalty[:, None] * fit.theta)
         return {
             "method": "block leverage" if problem.coupled else "class-wise leverage",
             "size": d * C,
@@ -225,7 +224,9 @@ class LogisticHeldOut:
             "penalty": problem.penalty[0].item(),
             "effective_dimension": (problem.weights * taken).sum().item(),
             "suboptimality_per_row": fit.suboptimality / n,
-            **self._solve,
+            "relative_residual": float(torch.as_tensor(solution.residual).max()),
+            "solve_status": solution.status.name,
+            "solve_products": solution.products,
         }
 
 
@@ -269,7 +270,7 @@ class Ridge:
             value, slopes = score(fit.leave_one_out())
             return value, fit.penalty_gradient(slopes)
 
-        self.penalty, value = minimize_log_penalty(objective, self.penalty, progress)
+        self.penalty, value = minimize_log_penalty(objective, self.penalty, RIDGE_RANGE, progress)
         return value, score.noise
 
     def fit(self, weights: Tensor, progress: Report) -> HeldOut:

@@ -1,4 +1,4 @@
-"""How labels go wrong: a transition matrix between classes, or a wide component of residuals.
+"""How labels go wrong: transitions between classes, or residuals of a second kind.
 
 Both are fitted to held-out predictions, so that the probability of an error is calibrated: the
 model never judges a label by a prediction that has seen it.
@@ -6,7 +6,8 @@ model never judges a label by a prediction that has seen it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,10 +25,12 @@ BIAS_RIDGE = 1e-2
 FIT_ROWS = 20_000
 FIT_STEPS = 200
 # In nats a row.
-FIT_TOLERANCE = 1e-7
-# A wrong quantity lies at least this many times farther off than a right one typically does.
-LEAST_SPREAD = 3.0
-EM_STEPS = 200
+FIT_TOLERANCE = 1e-6
+# Tails of the residuals of right quantities that are tried.
+FREEDOMS = (2.5, 4.0, 8.0, 30.0)
+# In robust deviations of the target: quantities that are predicted to this are not told apart.
+SMALLEST_DEVIATION = 1e-6
+EM_STEPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +164,7 @@ def _sample(
 
 
 def _log_channel(log_transition: Tensor, observed: Tensor, trusted: Tensor | None) -> Tensor:
-    """$\\log T_{yo}$ of each row, ``[n, C]``; $\\log I$ where the label is known to be right."""
+    r"""$\log T_{yo}$ of each row, ``[n, C]``; $\log I$ where the label is known to be right."""
     channel = log_transition.mT[observed]
     if trusted is None or not bool(trusted.any()):
         return channel
@@ -205,26 +208,22 @@ class _Likelihood:
 
 @dataclass(frozen=True, eq=False)
 class ResidualNoise:
-    r"""$y - f_{-i}(x) \sim (1 - \epsilon)\, N(0, \sigma^2 v_i) + \epsilon\, N(0, \kappa^2\sigma^2
-    v_i)$ with $\kappa \ge 3$.
+    r"""Residuals are $(1 - \epsilon)\, t_\nu(0, \sigma^2 v_i) + \epsilon\,\mathrm{Cauchy}(0, 1)$.
 
-    $v_i$ is the relative variance of the held-out residual. The probability of an error is that of
-    the wide component,.
+    Right targets scatter around the prediction with tails as heavy as the data want, scaled by the
+    relative variance $v_i$ of the held-out residual. A wrong target lies anywhere in the range of
+    the targets, whose robust deviation is 1, or far outside. The probability of an error is that
+    of the second component.
 
     Attributes:
         deviation: $\sigma$.
         share: $\epsilon$.
-        spread: $\kappa$.
+        freedom: $\nu$, one of 2.5, 4, 8, 30.
     """
 
-    deviation: float
+    deviation: float = 1.0
     share: float = 0.05
-    spread: float = 5.0
-
-    @classmethod
-    def start(cls, outputs: Tensor) -> ResidualNoise:
-        """Of targets with a robust deviation of 1, before anything is known."""
-        return cls(1.0)
+    freedom: float = 4.0
 
     def fit(
         self,
@@ -235,35 +234,24 @@ class ResidualNoise:
     ) -> ResidualNoise:
         """Expectation maximisation from a robust start; arguments as for ``LabelNoise.fit``."""
         step = max(1, -(-len(observed) // FIT_ROWS))
-        squares = _standardised(outputs, observed, variance).square()[::step]
-        doubtful = torch.ones_like(squares)
+        gaps = (observed.double() - outputs[:, 0].double())[::step]
+        roots = _roots(gaps, None if variance is None else variance[::step])
+        doubtful = torch.ones_like(gaps)
         if trusted is not None:
             doubtful = doubtful * ~trusted[::step]
-        typical = max(squares.median().item() / 0.4549, 1e-24)
-        model = replace(self, deviation=typical**0.5, share=0.05, spread=5.0)
-        for _ in range(EM_STEPS):
-            wide = model._wide(squares) * doubtful
-            inside = 1 - wide
-            variance_in = (inside * squares).sum().item() / max(inside.sum().item(), 1e-12)
-            variance_out = (wide * squares).sum().item() / max(wide.sum().item(), 1e-12)
-            variance_in = max(variance_in, 1e-24)
-            spread = max(LEAST_SPREAD, (variance_out / variance_in) ** 0.5)
-            # Nine right rows in ten, as a pseudo-observation of ten rows.
-            share = (wide.sum().item() + 1) / (doubtful.sum().item() + 10)
-            updated = ResidualNoise(variance_in**0.5, min(share, 0.5), spread)
-            done = abs(updated.share - model.share) < 1e-7 and (
-                abs(updated.deviation - model.deviation) < 1e-7 * model.deviation
-            )
-            model = updated
-            if done:
-                break
-        return model
+        found = [_expect(gaps, roots, doubtful, freedom) for freedom in FREEDOMS]
+        return max(found, key=lambda model: model._log_likelihood(gaps, roots))
 
-    def _wide(self, squares: Tensor) -> Tensor:
-        unit = squares / self.deviation**2
-        right = np.log1p(-self.share) - 0.5 * unit
-        wrong = np.log(self.share) - np.log(self.spread) - 0.5 * unit / self.spread**2
-        return torch.sigmoid(wrong - right)
+    def _parts(self, gaps: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of both components at residuals ``[n]``."""
+        nu, scale = self.freedom, self.deviation * roots
+        constant = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
+        right = constant - (nu + 1) / 2 * (gaps / scale).square().div(nu).log1p() - scale.log()
+        wrong = -math.log(math.pi) - gaps.square().log1p()
+        return math.log1p(-self.share) + right, math.log(self.share) + wrong
+
+    def _log_likelihood(self, gaps: Tensor, roots: Tensor) -> float:
+        return torch.logaddexp(*self._parts(gaps, roots)).sum().item()
 
     def judge(
         self,
@@ -273,27 +261,48 @@ class ResidualNoise:
         trusted: Tensor | None = None,
     ) -> Judgement:
         """Judge rows by their residuals."""
-        scaled = _standardised(outputs, observed, variance)
-        root = torch.ones_like(scaled) if variance is None else variance.double().sqrt()
-        wide = self._wide(scaled.square())
+        gaps = observed.double() - outputs[:, 0].double()
+        roots = _roots(gaps, variance)
+        right, wrong = self._parts(gaps, roots)
         if trusted is not None:
-            wide = torch.where(trusted, 0.0, wide)
-        unit = scaled.square() / self.deviation**2
-        right = np.log1p(-self.share) - 0.5 * unit
-        wrong = np.log(self.share) - np.log(self.spread) - 0.5 * unit / self.spread**2
-        losses = -torch.logaddexp(right, wrong) + np.log(self.deviation) + root.log()
-        pull = ((1 - wide) + wide / self.spread**2) * scaled / (root * self.deviation**2)
+            wrong = wrong.masked_fill(trusted, -torch.inf)
+        wide = torch.sigmoid(wrong - right)
+        nu, square = self.freedom, gaps.square()
+        pull = (1 - wide) * (nu + 1) * gaps / (nu * (self.deviation * roots).square() + square)
+        pull += wide * 2 * gaps / (1 + square)
+        losses = -torch.logaddexp(right, wrong)
         return Judgement(wide, losses, -pull[:, None], outputs[:, 0].double(), None)
 
     def certificate(self) -> dict[str, object]:
-        """Deviation, and the share and spread of the wide component."""
+        """Deviation and tails of right targets, share of wrong ones."""
         return {
             "residual_deviation": self.deviation,
-            "wide_share": self.share,
-            "wide_spread": self.spread,
+            "degrees_of_freedom": self.freedom,
+            "wrong_share": self.share,
         }
 
 
-def _standardised(outputs: Tensor, observed: Tensor, variance: Tensor | None) -> Tensor:
-    gap = observed.double() - outputs[:, 0].double()
-    return gap if variance is None else gap / variance.double().sqrt()
+def _roots(gaps: Tensor, variance: Tensor | None) -> Tensor:
+    return torch.ones_like(gaps) if variance is None else variance.double().sqrt()
+
+
+def _expect(gaps: Tensor, roots: Tensor, doubtful: Tensor, freedom: float) -> ResidualNoise:
+    """Expectation maximisation over deviation and share."""
+    scaled = (gaps / roots).square()
+    typical = (gaps / roots).abs().median().item() / 0.6745
+    model = ResidualNoise(max(typical, SMALLEST_DEVIATION), 0.05, freedom)
+    for _ in range(EM_STEPS):
+        right, wrong = model._parts(gaps, roots)
+        wide = torch.sigmoid(wrong - right) * doubtful
+        inside = 1 - wide
+        light = (freedom + 1) / (freedom + scaled / model.deviation**2)
+        deviation = ((inside * light * scaled).sum() / inside.sum().clamp_min(1e-12)).sqrt().item()
+        # Nine right rows in ten, as a pseudo-observation of ten rows.
+        share = (wide.sum().item() + 1) / (doubtful.sum().item() + 10)
+        updated = ResidualNoise(max(deviation, SMALLEST_DEVIATION), min(share, 0.5), freedom)
+        settled = abs(updated.share - model.share) < 1e-6
+        settled &= abs(updated.deviation - model.deviation) < 1e-6 * model.deviation
+        model = updated
+        if settled:
+            break
+    return model

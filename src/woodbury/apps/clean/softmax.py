@@ -55,7 +55,7 @@ class SoftmaxProblem:
         )
 
     def logits(self, theta: Tensor) -> Tensor:
-        """$X\\theta$, ``[n, C]``, float64."""
+        r"""$X\theta$, ``[n, C]``, float64."""
         return (self.X @ theta.to(self.X.dtype)).double()
 
     def value(self, theta: Tensor, logits: Tensor) -> float:
@@ -80,9 +80,7 @@ class SoftmaxProblem:
         """$X^T V$, ``[d, C]``, float64."""
         return (self.X.mT @ V.to(self.X.dtype)).double()
 
-    def fit(
-        self, start: Tensor | None = None, curvature: Curvature | None = None
-    ) -> SoftmaxFit:
+    def fit(self, start: Tensor | None = None, curvature: Curvature | None = None) -> SoftmaxFit:
         r"""Minimise from ``start`` (zeros if not given).
 
         L-BFGS whose first inverse Hessian is the factorised curvature of up to 20,000 rows, built
