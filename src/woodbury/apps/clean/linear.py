@@ -84,7 +84,6 @@ class Logistic:
         self.coupled = (self.columns + 1) * C <= COUPLED_PARAMETERS and (
             len(design) * C * C * 4 <= data.budget_bytes // 4
         )
-        self._last: Tensor | None = None
 
     def settings(self) -> dict[str, float]:
         """The penalty."""
@@ -123,14 +122,12 @@ class Logistic:
         self.penalty, _ = minimize_log_penalty(objective, self.penalty, LOGISTIC_RANGE, progress)
         fit = refit(self.penalty)
         value, _ = score(LogisticHeldOut(fit).outputs)
-        self._last = fit.theta
         return value, score.noise
 
     def fit(self, weights: Tensor, progress: Report) -> HeldOut:
-        """Fit all rows, from the parameters of the last fit."""
-        fit = self._problem(None, weights, self.penalty).fit(self._last)
+        """Fit all rows; from nothing, so that a resumed run ends where an undisturbed one does."""
+        fit = self._problem(None, weights, self.penalty).fit()
         progress(0.5)
-        self._last = fit.theta
         held = LogisticHeldOut(fit, self.data.X.shape[1])
         progress(1.0)
         return held

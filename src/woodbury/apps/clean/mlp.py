@@ -83,7 +83,11 @@ class Network:
         return value, score.noise
 
     def fit(self, weights: Tensor, progress: Report) -> HeldOut:
-        """Train on all rows, or on a sample, and leave each out."""
+        """Train on all rows, or on a sample, and leave each out.
+
+        From the same start each time, so that a resumed run ends where an undisturbed one does.
+        """
+        self._last = None
         rows = self.data.sample(self.rows)
         held = self._train(rows, weights[rows], self.penalty)
         progress(0.5)
