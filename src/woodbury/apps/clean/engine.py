@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from woodbury.apps.clean.checkpoint import Checkpoint, State
+from woodbury.apps.clean.kernel import KernelModel
+from woodbury.apps.clean.linear import Logistic, Ridge
+from woodbury.apps.clean.mlp import Network
 from woodbury.apps.clean.models import Data, HeldOut, Model
 from woodbury.apps.clean.noise import Judgement, LabelNoise, NoiseModel, ResidualNoise
 from woodbury.errors import ArgumentError, DataError
@@ -166,15 +169,9 @@ def _data(
 
 def _make(name: str, data: Data) -> Model:
     if name == "kernel":
-        from woodbury.apps.clean.kernel import KernelModel
-
         return KernelModel(data)
     if name == "mlp":
-        from woodbury.apps.clean.mlp import Network
-
         return Network(data)
-    from woodbury.apps.clean.linear import Logistic, Ridge
-
     return Ridge(data) if data.regression else Logistic(data)
 
 
@@ -201,6 +198,8 @@ def _choose(data: Data, model: str, report: Progress) -> State:
 
         scores[name], _ = candidate.tune(rows, weights, _first_noise(data), note)
         settings[name] = candidate.settings()
+        if isinstance(candidate, Network) and len(names) > 1:
+            scores[name] = candidate.fold_score(rows, weights, _first_noise(data))
     best = min(names, key=lambda name: scores[name])
     return State(best, settings[best], scores, 0, weights, [])
 
