@@ -254,3 +254,19 @@ def test_lbfgs_with_the_inverse_hessian_takes_one_step() -> None:
     )
     assert found.steps == 1
     assert found.place.norm() < 1e-12
+
+
+def test_fold_score_is_that_of_networks_that_never_saw_the_fold() -> None:
+    """Labels that are pure chance cannot be predicted by what has not seen them."""
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(150, 6, generator=generator)
+    labels = torch.randint(0, 3, (150,), generator=generator)
+    data = Data(X / X.square().sum(1).mean().sqrt(), labels, 3, None, 0, 2**30)
+    rows, weights = torch.arange(150), torch.ones(150, dtype=torch.float64)
+    network = Network(data, penalty=0.01)  # overfits: in sample it would score far below log 3
+    score = network.fold_score(rows, weights, LabelNoise.start(data.targets()))
+    entropy = -(labels.bincount() / 150 * (labels.bincount() / 150).log()).sum().item()
+    assert score > entropy - 0.02
+    fitted = network.fit(weights, lambda fraction: None)
+    seen = torch.nn.functional.cross_entropy(fitted.predict(network.inputs), labels)
+    assert seen < 0.5 * entropy
