@@ -67,12 +67,13 @@ WORDS: dict[str, tuple[str, str, str]] = {
         "usual deviation",
         "of right values from their predictions, relative to the spread of all values",
     ),
-    "noise.wide_share": (FIT, "share of wrong values", "fitted to the deviations"),
-    "noise.wide_spread": (
+    "noise.wrong_share": (FIT, "share of wrong values", "fitted to the deviations"),
+    "noise.degrees_of_freedom": (
         FIT,
-        "size of errors",
-        "how many times farther off wrong values are than right ones; at least 3",
+        "tails of right values",
+        "degrees of freedom of their distribution: 2.5 has frequent large deviations, 30 few",
     ),
+    "rows_in_training": (FIT, "rows in training", "a sample; the others were predicted by it"),
 }
 METHODS = {
     "exact Cholesky": "the whole matrix was factorized: exact up to rounding",
