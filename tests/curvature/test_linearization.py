@@ -188,6 +188,18 @@ class TestPeak:
         assert peaks[1] <= 1.05 * peaks[0]
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = 2 * x
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
 class TestMemory:
     def test_available(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = torch.device("cpu")
@@ -219,6 +231,15 @@ class TestMemory:
     )
     def test_words(self, amount: int, words: str) -> None:
         assert memory.in_words(amount) == words
+
+    @pytest.mark.parametrize("shows_data", [True, False])
+    def test_graphs_of_custom_functions(
+        self, shows_data: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(memory, "_SHOWS_DATA", shows_data)
+        x = torch.randn(100, dtype=F64, requires_grad=True)
+        parts = torch.stack([Double.apply(x).exp(), x])  # keeps 2 x, exp(2 x)
+        assert memory.graph_bytes([parts.sum()], [x]) == 800 + 800 + 8
 
     def test_graphs(self) -> None:
         x = torch.randn(100, dtype=F64, requires_grad=True)

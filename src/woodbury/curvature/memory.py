@@ -108,13 +108,21 @@ def _saved(roots: list[Tensor]) -> Iterator[Tensor]:
                 pending.append(parent)
 
 
+# Shows what is kept without unpacking it, which may mean computing it again; not in every torch.
+_SHOWS_DATA = hasattr(torch._C._autograd.SavedTensor, "data")
+
+
 def _saved_by(node: Any) -> Iterator[Tensor]:
-    # "_raw_saved_x" shows what is kept without unpacking it, which may mean recomputing it.
     for name in dir(node):
         if not name.startswith("_raw_saved_"):
             continue
-        raw = getattr(node, name)
-        for saved in raw if isinstance(raw, tuple | list) else (raw,):
-            data = getattr(saved, "data", None)
-            if isinstance(data, Tensor):
-                yield data
+        if _SHOWS_DATA:
+            kept = [getattr(raw, "data", None) for raw in _listed(getattr(node, name))]
+        else:
+            custom = name == "_raw_saved_tensors"  # of a Function written in Python
+            kept = _listed(getattr(node, "saved_tensors" if custom else name.removeprefix("_raw")))
+        yield from (tensor for tensor in kept if isinstance(tensor, Tensor))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple | list) else [value]
