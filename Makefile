@@ -70,15 +70,19 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The peers are other people's libraries with pins of their own: an environment of their own.
-$(PEERS_VENV)/.installed: pyproject.toml $(wildcard $(PEERS)/requirements.txt $(PEERS)/constraints.txt)
+# The peers are other people's libraries with pins of their own: an environment of their own. All
+# that are listed there cannot be installed together; these are the ones that benchmarks call.
+BENCH_PEERS := curvlinops-for-pytorch cleanlab scikit-learn
+
+$(PEERS_VENV)/.installed: Makefile $(wildcard $(PEERS)/requirements.txt $(PEERS)/constraints.txt)
 	@set -eo pipefail; if [ ! -f $(PEERS)/requirements.txt ]; then \
 	  echo "no $(PEERS)/requirements.txt: benchmarks run without the peers beside them"; \
 	else \
 	  echo "installing the peers into $(PEERS_VENV)"; \
 	  [ -x $(PEERS_VENV)/bin/python ] || $(PYTHON) -m venv $(PEERS_VENV); \
 	  $(PEERS_VENV)/bin/python -m pip install -q --disable-pip-version-check \
-	    -r $(PEERS)/requirements.txt $(addprefix -c ,$(wildcard $(PEERS)/constraints.txt)) 2>&1 | $(PIP_NOISE); \
+	    $(addprefix -c ,$(wildcard $(PEERS)/requirements.txt $(PEERS)/constraints.txt)) \
+	    $(BENCH_PEERS) 2>&1 | $(PIP_NOISE); \
 	  touch $@; \
 	fi
 
@@ -88,4 +92,4 @@ bench: $(VENV)/.installed-dev $(PEERS_VENV)/.installed
 clean:
 	rm -rf build dist site woodbury-report src/*.egg-info \
 	  .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
