@@ -137,6 +137,34 @@ def test_no_suspects(flowers: pd.DataFrame, tmp_path: Path) -> None:
     check_alone_and_accessible(page)
     assert "looks wrong" in page.text
     assert "Top suspects" not in page.text
+    assert page.all("ol")
+
+
+def test_doubtful_rows_are_shown_where_suspects_are_few(
+    flowers: pd.DataFrame, tmp_path: Path, stub_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stub_engine.run
+
+    def scaled(*arguments: Any, **options: Any) -> Any:
+        result = run(*arguments, **options)
+        result.error_probability = 0.1 + result.error_probability * share
+        result.suggested[result.error_probability < 0.5] = arguments[1][
+            result.error_probability < 0.5
+        ]
+        return result
+
+    monkeypatch.setattr(stub_engine, "run", scaled)
+    share = 0.3
+    page = page_of(flowers, tmp_path, label="kind")
+    assert "The most doubtful rows" in page.text
+    assert "None of them is a suspect" in page.text
+    assert len(re.findall(r'data-name="Row"', page.html)) == 10
+    pairs = re.findall(r'swap given">(\w+)<.*?swap suggested">(\w+)<', page.html, re.S)
+    assert len(pairs) == 10
+    assert all(given != other for given, other in pairs)
+    share = 0.7
+    page = page_of(flowers, tmp_path, label="kind")
+    assert "The suspect, then the most doubtful of the other rows." in page.text
 
 
 def test_what_users_write_is_escaped(flowers: pd.DataFrame, tmp_path: Path) -> None:

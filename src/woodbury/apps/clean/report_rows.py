@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["suspect_cards"]
 
 TOP = 56
+FEW, DOUBTFUL = 10, 0.05
 MAX_TEXT = 280
 MAX_VALUES = 40
 MAX_REASONS = 3
@@ -27,18 +28,22 @@ def suspect_cards(result: CleanResult, top: int = TOP) -> list[dict[str, Any]]:
 
     Args:
         result: of the job.
-        top: how many at most; rows with an error probability of at most 0.5 are not suspects.
+        top: how many at most. Where there are fewer than ten suspects, the most doubtful other
+            rows follow, down to an error probability of 5 %.
 
     Returns:
         For each: ``row, given, suggested, probability`` and either ``image`` (a data
         URI) or ``texts``, ``values`` and ``reasons``.
     """
-    chosen = result.suspects.head(top)
+    ranked = result.rows.sort_values("rank")
+    doubtful = int((ranked["error_probability"] >= DOUBTFUL).sum())
+    count = max(len(result.suspects), min(FEW, doubtful))
+    chosen = ranked.head(min(top, count))
     cards: list[dict[str, Any]] = [
         {
             "row": line["row"],
             "given": _show(line["label"]),
-            "suggested": _short(line["suggested_label"]),
+            "suggested": _short(_alternative(result, line)),
             "probability": line["error_probability"],
         }
         for line in chosen.to_dict("records")
@@ -54,6 +59,18 @@ def suspect_cards(result: CleanResult, top: int = TOP) -> list[dict[str, Any]]:
         return cards
     _add_values(result, cards)
     return cards
+
+
+def _alternative(result: CleanResult, line: dict[Any, Any]) -> Any:
+    """The suggested label; of a row that is right rather than wrong, the likeliest other class."""
+    labels = result.prepared.labels
+    if line["label"] != line["suggested_label"] or result.probabilities is None:
+        return line["suggested_label"]
+    assert labels.classes is not None
+    place = int(labels.present[: line["row"]].sum())
+    chances = result.probabilities[place].copy()
+    chances[labels.codes[line["row"]]] = -1.0
+    return labels.classes[int(chances.argmax())]
 
 
 def _pixels(result: CleanResult, rows: np.ndarray) -> np.ndarray:
