@@ -159,11 +159,12 @@ def test_doubtful_rows_are_shown_where_suspects_are_few(
     assert "The most doubtful rows" in page.text
     assert "None of them is a suspect" in page.text
     assert len(re.findall(r'data-name="Row"', page.html)) == 10
-    pairs = re.findall(r'swap given">(\w+)<.*?swap suggested">(\w+)<', page.html, re.S)
+    pairs = re.findall(r'swap kept">(\w+)<.*?swap suggested">(\w+)<', page.html, re.S)
     assert len(pairs) == 10
     assert all(given != other for given, other in pairs)
     share = 0.7
     page = page_of(flowers, tmp_path, label="kind")
+    assert page.html.count("swap given") == 1
     assert "The suspect, then the most doubtful of the other rows." in page.text
 
 
