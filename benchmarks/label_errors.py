@@ -56,6 +56,8 @@ class Kernel(ClassifierMixin, BaseEstimator):
         z = self.scale * self.ridge_.predict(X)
         p = np.exp(z - z.max(1, keepdims=True))
         return p / p.sum(1, keepdims=True)
+    def predict(self, X):
+        return self.classes_[self.predict_proba(X).argmax(1)]
 
 data = np.load(sys.argv[1])
 X, y, settings = data["X"], data["y"], json.loads(sys.argv[2])
@@ -181,9 +183,9 @@ def line(
     precision, ece, seconds = np.mean(ours, axis=0)
     seconds = min(row[2] for row in ours)
     text = f"{name:8} {kind:10} {model:7} {precision:.4f} {ece:.4f} {seconds:6.1f} |"
-    for which, rows in theirs.items() or [("no peer", [])]:
-        if not rows:
-            return f"{text} {which}"
+    if not theirs:
+        return text + " no peer"
+    for which, rows in theirs.items():
         value, slow = np.mean(rows, axis=0)[0], min(row[1] for row in rows)
         text += f" {which} {value:.4f} {slow:5.1f} s ({slow / seconds:.1f}x)"
     return text
