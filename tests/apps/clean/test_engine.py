@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 from woodbury.apps.clean import engine
 from woodbury.apps.clean.checkpoint import Checkpoint, State
 from woodbury.apps.clean.engine import EngineResult, new_weights, run
-from woodbury.errors import ArgumentError, DataError
+from woodbury.errors import ArgumentError, BudgetError, DataError
 
 
 def clouds(n: int = 240, C: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,7 +202,7 @@ def test_new_weights_are_posterior_odds_times_what_the_row_does_to_others() -> N
     judged = engine.Judgement(error, error, slopes, error, None)
     found = new_weights(data, Held(), judged)  # type: ignore[arg-type]
     odds = found / (1 - found)
-    torch.testing.assert_close(odds, (1 - error) / error * np.exp(-0.5))
+    torch.testing.assert_close(odds, (1 - error) / error * np.exp(-0.25))
 
 
 @pytest.mark.parametrize("model", ["linear", "kernel", "mlp"])
@@ -260,3 +260,5 @@ def test_mistakes_are_named() -> None:
         classify(X[:1], given[:1], 3)
     with pytest.raises(DataError, match="1 classes; at least two"):
         classify(X, given * 0, 1)
+    with pytest.raises(BudgetError, match="30 rows and 3 classes take .* Raise --budget"):
+        classify(X, given, 3, budget_bytes=7000)

@@ -6,9 +6,10 @@ r"""The loop that finds wrong labels: fit, leave one out, judge, weigh, and fit 
 3. A noise model, fitted to those predictions, gives each row's error probability $e_i$ and the
    outer loss $F(w)$: minus the log-likelihood of the observed labels under it, of all rows held
    out one at a time, or of the trusted rows where there are some.
-4. New weights: $\mathrm{logit}\,w_i = \mathrm{logit}(1 - e_i) - dF/dw_i$. The posterior odds that
-   the label is right, times what the row's presence does to the likelihood of the others; both are
-   in nats, so there is nothing to tune. Back to 2, with the penalty tuned once more after the first
+4. New weights: $\mathrm{logit}\,w_i = \mathrm{logit}(1 - e_i) - \frac12\, dF/dw_i$. The posterior
+   odds that the label is right, times what the row's presence does to the likelihood of the others;
+   both are in nats. (Half of it: the derivative at the present weight overstates what taking the
+   row out altogether would do.) Back to 2, with the penalty tuned once more after the first
    weights, until error probabilities settle.
 """
 
@@ -29,7 +30,7 @@ from woodbury.apps.clean.linear import Logistic, Ridge
 from woodbury.apps.clean.mlp import Network
 from woodbury.apps.clean.models import Data, HeldOut, Model
 from woodbury.apps.clean.noise import Judgement, LabelNoise, NoiseModel, ResidualNoise
-from woodbury.errors import ArgumentError, DataError
+from woodbury.errors import ArgumentError, BudgetError, DataError
 
 __all__ = ["EngineResult", "run"]
 
@@ -38,11 +39,14 @@ Progress = Callable[[str, float], None]
 MODELS = ("linear", "kernel", "mlp")
 MAX_ROUNDS = 6
 # Settled: error probabilities change by less than this on average.
-SETTLED = 2e-3
-TUNING_ROWS, AUTO_TUNING_ROWS = 2500, 1500
+SETTLED = 3e-3
+TUNING_ROWS = 1500
 # Targets are cut off at this many robust deviations, so that one absurd value cannot hide others.
 FAR = 20.0
 LARGEST_ODDS = 14.0
+STEP = 0.5
+# Arrays of a float64 for each row and class that are in memory at once.
+ROW_ARRAYS = 10
 
 
 @dataclass
@@ -102,6 +106,7 @@ def run(
     Raises:
         DataError: fewer than two rows or classes.
         ArgumentError: an unknown task or model.
+        BudgetError: rows times classes do not fit into the budget; says what would.
 
     Cost: a few fits. Kernel: $n^3$ multiplications each up to 5,000 rows, $n m^2$ beyond.
 
@@ -120,10 +125,11 @@ def run(
     store = Checkpoint(checkpoint)
     state = store.load(len(data.X)) if resume else None
     if state is None:
-        state = _choose(data, model, report)
+        state, chosen = _choose(data, model, report)
         store.save(state)
-    chosen = _make(state.model, data)
-    chosen.restore(state.settings)
+    else:
+        chosen = _make(state.model, data)
+        chosen.restore(state.settings)
     state, held, judged = _rounds(data, chosen, state, store, report)
     return _result(state, held, judged, unit)
 
@@ -157,6 +163,7 @@ def _data(
     if task == "classification":
         if n_classes < 2:
             raise DataError(f"the labels have {n_classes} classes; at least two are needed")
+        _require_memory(len(points), n_classes, budget_bytes)
         observed = torch.from_numpy(np.asarray(y).astype(np.int64))
         return Data(points, observed, n_classes, known, seed, budget_bytes), _Unit()
     target = np.asarray(y, dtype=np.float64)
@@ -165,6 +172,16 @@ def _data(
     standard = np.clip((target - center) / scale, -FAR, FAR)
     unit = _Unit(float(center), scale)
     return Data(points, torch.from_numpy(standard), 0, known, seed, budget_bytes), unit
+
+
+def _require_memory(n: int, classes: int, budget_bytes: int) -> None:
+    need = ROW_ARRAYS * n * classes * 8
+    if need > budget_bytes:
+        raise BudgetError(
+            f"probabilities of {n:,} rows and {classes:,} classes take {need / 2**30:.1f} GiB in "
+            f"all and the budget is {budget_bytes / 2**30:.1f} GiB. Raise --budget to that, or "
+            "give fewer rows or classes."
+        )
 
 
 def _make(name: str, data: Data) -> Model:
@@ -181,15 +198,15 @@ def _first_noise(data: Data) -> NoiseModel:
     return LabelNoise.start(data.targets()[:1000])
 
 
-def _choose(data: Data, model: str, report: Progress) -> State:
+def _choose(data: Data, model: str, report: Progress) -> tuple[State, Model]:
     """Tune the candidates and take the one with the best held-out score."""
     if model not in ("auto", *MODELS):
         raise ArgumentError(f"model is {model!r}; it must be auto, {', '.join(MODELS)}")
     names = MODELS if model == "auto" else (model,)
-    rows = data.sample(AUTO_TUNING_ROWS if model == "auto" else TUNING_ROWS)
+    rows = data.sample(TUNING_ROWS)
     weights = torch.ones(len(data.X), dtype=torch.float64)
     scores: dict[str, float] = {}
-    settings: dict[str, dict[str, float]] = {}
+    best: Model | None = None
     for i, name in enumerate(names):
         candidate = _make(name, data)
 
@@ -197,11 +214,12 @@ def _choose(data: Data, model: str, report: Progress) -> State:
             report("choosing the model", (i + fraction) / len(names))
 
         scores[name], _ = candidate.tune(rows, weights, _first_noise(data), note)
-        settings[name] = candidate.settings()
         if isinstance(candidate, Network) and len(names) > 1:
             scores[name] = candidate.fold_score(rows, weights, _first_noise(data))
-    best = min(names, key=lambda name: scores[name])
-    return State(best, settings[best], scores, 0, weights, [])
+        if best is None or scores[name] < scores[best.name]:
+            best = candidate
+    assert best is not None
+    return State(best.name, best.settings(), scores, 0, weights, []), best
 
 
 def _rounds(
@@ -263,7 +281,7 @@ def new_weights(data: Data, held: HeldOut, judged: Judgement) -> Tensor:
         slopes = slopes * data.trusted[:, None]
     push = held.weight_hypergradient(slopes)
     right = (1 - judged.error).clamp(1e-6, 1 - 1e-6)
-    weights = torch.sigmoid((right.logit() - push).clamp(-LARGEST_ODDS, LARGEST_ODDS))
+    weights = torch.sigmoid((right.logit() - STEP * push).clamp(-LARGEST_ODDS, LARGEST_ODDS))
     return weights if data.trusted is None else torch.where(data.trusted, 1.0, weights)
 
 

@@ -22,6 +22,8 @@ __all__ = ["Logistic", "Ridge"]
 
 # Up to this many parameters the curvature between classes is kept.
 COUPLED_PARAMETERS = 1024
+# Tables of no more columns than this are never condensed.
+FEW_COLUMNS = 64
 # Numbers in the class-wise blocks, and columns of the design, at most.
 BLOCK_NUMBERS = 2e7
 MOST_COLUMNS = 2000
@@ -58,7 +60,7 @@ def minimize_log_penalty(
         jac=True,
         method="L-BFGS-B",
         bounds=[(low, high)],
-        options={"maxfun": TUNING_EVALUATIONS, "ftol": 5e-4, "gtol": 2e-2},
+        options={"maxfun": TUNING_EVALUATIONS, "ftol": 5e-4, "gtol": 6e-2},
     )
     value, penalty = min(tried)
     return penalty, value
@@ -74,7 +76,7 @@ class Logistic:
         self.data, self.penalty = data, penalty
         d, C = data.X.shape[1], data.classes
         design = data.X
-        if (d + 1) * C > COUPLED_PARAMETERS:
+        if d > FEW_COLUMNS and (d + 1) * C > COUPLED_PARAMETERS:
             most = int(min(MOST_COLUMNS, max(8.0, (BLOCK_NUMBERS / C) ** 0.5)))
             design = principal_components(data.X, most=most)
         self.columns = design.shape[1]

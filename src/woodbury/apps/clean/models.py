@@ -15,7 +15,7 @@ __all__ = ["Data", "HeldOut", "HeldOutScore", "Model", "principal_components"]
 
 Report = Callable[[float], None]
 # No share of the variance below this is dropped where columns have to be condensed.
-KEPT_VARIANCE = 0.9
+KEPT_VARIANCE = 0.85
 
 
 @dataclass(frozen=True, eq=False)
