@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from woodbury.errors import ArgumentError, DeviceError, DtypeError, ShapeError, TagError
-from woodbury.operators.base import LinearOperator
 from woodbury.solvers.cg_column import Column
 from woodbury.solvers.columns import add_columns, dots, norms, take
-from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
+from woodbury.solvers.preconditioned import KrylovState, Preconditioned, preconditioning
+from woodbury.solvers.recipe import Outcome, Problem
 from woodbury.solvers.solution import SolveStatus
 
 if TYPE_CHECKING:
+    from woodbury.operators.base import LinearOperator
     from woodbury.spaces import Space
 
-__all__ = ["CG", "CGState"]
-
-
-@dataclass(frozen=True, eq=False)
-class CGState(State):
-    """The preconditioner, ready to be multiplied by."""
-
-    preconditioner: LinearOperator | None
+__all__ = ["CG"]
 
 
 @dataclass(frozen=True)
-class CG(Recipe):
+class CG(Preconditioned):
     r"""Conjugate gradients for a hermitian positive definite operator.
 
     Step $i$ minimises the error $\|x_i - A^{-1}b\|_A$ over $x_0 + \mathcal{K}_i(MA, M r_0)$:
@@ -78,49 +71,11 @@ class CG(Recipe):
         True
     """
 
-    rtol: float = 1e-6
-    atol: float = 0.0
-    max_steps: int | None = None
-    preconditioner: LinearOperator | Recipe | None = None
-
     needs: ClassVar[tuple[str, ...]] = ("hermitian",)
 
-    def __post_init__(self) -> None:
-        for name, size in (("rtol", self.rtol), ("atol", self.atol)):
-            if not 0 <= size < math.inf:
-                raise ArgumentError(f"{name} is {size}; it must be a number >= 0")
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ArgumentError(f"max_steps is {self.max_steps}; it must be >= 0")
-
-    def _prepare(self, A: LinearOperator) -> CGState:
-        M = self.preconditioner
-        products = 0
-        if isinstance(M, Recipe):
-            inner = M.prepare(A)
-            products = inner.products
-            M = M.as_preconditioner(A, inner)
-        if M is not None:
-            _check_preconditioner(M, A)
-        return CGState.of(self, A, products, preconditioner=M)
-
-    def _run(self, problem: Problem, state: CGState) -> Outcome:
-        limit = 10 * problem.A.shape[0] if self.max_steps is None else self.max_steps
+    def _run(self, problem: Problem, state: KrylovState) -> Outcome:
         loop = _Loop(problem, state.preconditioner, problem.tolerances(self.rtol, self.atol))
-        return loop.run(limit)
-
-
-def _check_preconditioner(M: LinearOperator, A: LinearOperator) -> None:
-    if M.shape != A.shape:
-        raise ShapeError(f"the preconditioner has shape {M.shape}, the operator {A.shape}")
-    if M.dtype != A.dtype:
-        raise DtypeError(f"the preconditioner is {M.dtype}, the operator {A.dtype}")
-    if M.device != A.device:
-        raise DeviceError(f"the preconditioner is on {M.device}, the operator on {A.device}")
-    if "hermitian" not in M.tags:
-        raise TagError(
-            f"the preconditioner {type(M).__name__} has tags {sorted(M.tags)}; CG needs one that "
-            "is hermitian positive definite: promise 'positive_definite' where it is made"
-        )
+        return loop.run(self.limit(problem.A))
 
 
 # Steps from one look at the size of rounding to the next.
@@ -135,9 +90,7 @@ class _Loop:
     ) -> None:
         self.problem = problem
         self.space: Space = problem.A.space
-        self.precondition: Callable[[Tensor], Tensor] | None = None
-        if M is not None:
-            self.precondition = lambda R: (M @ R.to(M.dtype)).to(R.dtype)
+        self.precondition = preconditioning(M)
         self.X, self.R = problem.start()
         self.P = self.X  # replaced by the first direction
         eps = torch.finfo(self.X.dtype).eps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from woodbury.operators.base import LinearOperator
-from woodbury.operators.tags import inverse_tags
+from woodbury.operators.tags import Tags, inverse_tags
 from woodbury.solvers.solution import SolveReport
 
 if TYPE_CHECKING:
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from woodbury.solvers.solve import OnFailure
 
 __all__ = ["AppliedRecipe", "InverseOperator", "inverse"]
+
+
+def _tags(A: LinearOperator, recipe: Recipe) -> Tags:
+    """Tags of the inverse; a pseudo-inverse keeps less, and is not definite where ``A`` is not."""
+    if not recipe.rectangular:
+        return inverse_tags(A.tags)
+    mirrored = {"symmetric", "hermitian", "positive_semidefinite", "positive_definite", "diagonal"}
+    return A.tags & mirrored
 
 
 class InverseOperator(LinearOperator):
@@ -45,11 +53,12 @@ class InverseOperator(LinearOperator):
         report: SolveReport,
     ) -> None:
         super().__init__(
-            operator.shape,
+            (operator.shape[1], operator.shape[0]),
             dtype=operator.dtype,
             device=operator.device,
-            tags=inverse_tags(operator.tags),
-            space=operator.space,
+            tags=_tags(operator, recipe),
+            space=operator.out_space,
+            out_space=operator.space,
         )
         self.operator = operator
         self.recipe = recipe
@@ -80,14 +89,15 @@ class InverseOperator(LinearOperator):
         ).value
 
     def _logdet(self) -> Tensor | None:
-        found = self.operator._logdet()
+        found = self.operator._logdet() if self._has_inverse() else None
         return None if found is None else -found
 
     def _has_inverse(self) -> bool:
-        return self.operator.has_inverse
+        # A pseudo-inverse may be of a singular or damped operator.
+        return not self.recipe.rectangular and self.operator.has_inverse
 
     def _inverse(self) -> LinearOperator | None:
-        return self.operator if self.operator.has_inverse else None
+        return self.operator if self._has_inverse() else None
 
 
 class AppliedRecipe(LinearOperator):
@@ -98,22 +108,25 @@ class AppliedRecipe(LinearOperator):
 
     def __init__(self, operator: LinearOperator, recipe: Recipe, state: State) -> None:
         super().__init__(
-            operator.shape,
+            (operator.shape[1], operator.shape[0]),
             dtype=operator.dtype,
             device=operator.device,
-            tags=inverse_tags(operator.tags),
-            space=operator.space,
+            tags=_tags(operator, recipe),
+            space=operator.out_space,
+            out_space=operator.space,
         )
         self.operator = operator
         self.recipe = recipe
         self.state = state
+        self._adjoint_state: State | None = None
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.recipe._apply(self.operator, self.state, X)
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
-        A = self.operator
-        return self.recipe._apply(A.H, self.recipe.adjoint_state(A, self.state), Y)
+        if self._adjoint_state is None:
+            self._adjoint_state = self.recipe.adjoint_state(self.operator, self.state)
+        return self.recipe._apply(self.operator.H, self._adjoint_state, Y)
 
 
 def inverse(
@@ -126,11 +139,14 @@ def inverse(
 ) -> InverseOperator:
     r"""$A^{-1}$ as an operator: ``inverse(A, recipe) @ b`` solves $A x = b$.
 
+    With a recipe for least squares (``LSMR``, ``LSQR``, ``QR``) it is the pseudo-inverse $A^+$, of
+    rectangular operators too: ``[n, m]``, with the adjoint $(A^H)^+$.
+
     What the recipe prepares (a factor, a sketch) is prepared here, once, and used for all products.
     Products are differentiable with respect to what they are multiplied with.
 
     Args:
-        A: square operator ``[n, n]``.
+        A: operator ``[m, n]``; square unless the recipe solves least squares.
         recipe: how to solve; the default is that of :func:`~woodbury.solve`.
         on_failure: what a failed solve does, in a product and in backward passes alike:
             ``"raise"``, ``"warn"``, return ``"nan"`` in the columns that failed, or ``"ignore"``.
@@ -141,7 +157,7 @@ def inverse(
         An :class:`InverseOperator` with the tags of ``A`` that an inverse keeps.
 
     Raises:
-        ShapeError: ``A`` is not square.
+        ShapeError: ``A`` is not square, and the recipe does not solve least squares.
         TagError: the recipe relies on a tag that ``A`` does not have.
         NotPositiveDefiniteError: the recipe's factorisation does not exist.
         SingularError: ``A`` is singular and the recipe cannot do with that.
@@ -169,9 +185,9 @@ def inverse(
         raise ArgumentError(
             f"on_failure is {on_failure!r}; it must be one of {list(get_args(OnFailure))}"
         )
-    A._require_square("inverse()")
     if recipe is None:
         recipe = default_recipe(A) if state is None else state.recipe
+    recipe.check(A)
     if state is None:
         with torch.no_grad():
             state = recipe.prepare(A)
