@@ -242,7 +242,7 @@ def test_matrix_that_is_not_an_operator() -> None:
 @EACH_RECIPE
 def test_operator_that_is_not_square(recipe) -> None:
     A = Dense(random(N, 3))
-    with pytest.raises(ShapeError, match=r"needs a square operator.*A\.H @ A"):
+    with pytest.raises(ShapeError, match=r"needs a square operator.*LSMR\(\) or QR"):
         solve(A, random(N), recipe)
     with pytest.raises(ShapeError, match="needs a square operator"):
         inverse(A, recipe)

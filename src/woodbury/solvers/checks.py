@@ -25,16 +25,15 @@ __all__ = ["check_state", "check_system", "largest_entries"]
 
 
 def check_system(A: LinearOperator, b: Tensor, x0: Tensor | None) -> None:
-    """Raise unless ``b`` and ``x0`` are vectors or blocks that ``A`` could have given."""
+    """Raise unless ``A x = b`` makes sense: ``b`` of the rows of ``A``, ``x0`` of its columns."""
     if not isinstance(A, LinearOperator):
         raise DtypeError(f"A is {type(A).__name__}, not an operator; wrap a matrix in Dense(A)")
-    for name, x in (("b", b), ("x0", x0)):
+    for name, x, n in (("b", b, A.shape[0]), ("x0", x0, A.shape[1])):
         if x is None:
             continue
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} is {type(x).__name__}, expected a torch.Tensor")
-        if x.dim() not in (1, 2) or x.shape[0] != A.shape[0]:
-            n = A.shape[0]
+        if x.dim() not in (1, 2) or x.shape[0] != n:
             raise ShapeError(
                 f"{name} has shape {tuple(x.shape)}, A has shape {A.shape}: expected [{n}] or "
                 f"[{n}, k]"
@@ -48,8 +47,10 @@ def check_system(A: LinearOperator, b: Tensor, x0: Tensor | None) -> None:
             raise DeviceError(f"{name} is on {x.device}, A on {A.device}; move it with .to(...)")
     if x0 is None:
         return
-    if x0.shape != b.shape:
-        raise ShapeError(f"x0 has shape {tuple(x0.shape)}, b {tuple(b.shape)}: they must agree")
+    if x0.shape[1:] != b.shape[1:]:
+        raise ShapeError(
+            f"x0 has shape {tuple(x0.shape)}, b {tuple(b.shape)}: their columns must agree"
+        )
     if torch.is_grad_enabled() and x0.requires_grad:
         raise GradientError(
             "x0 requires a gradient, but the solution does not depend on it: detach"

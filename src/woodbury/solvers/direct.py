@@ -46,13 +46,13 @@ class Direct(Recipe):
         X, R = problem.start()
         X = X + self._apply(A, state, R)
         R = problem.residual(X)
-        found = norms(A.space, R)
+        found = norms(A.out_space, R)
         for _ in range(_REFINEMENTS):
             if all(r <= self._target(problem, norm) for r, norm in self._pairs(problem, found)):
                 break
             trial = X + self._apply(A, state, R)
             trial_R = problem.residual(trial)
-            trial_found = norms(A.space, trial_R)
+            trial_found = norms(A.out_space, trial_R)
             better = [new < old for new, old in zip(trial_found, found, strict=True)]
             if not any(better):
                 break

@@ -62,7 +62,9 @@ class Recipe:
 
     A subclass gives ``_prepare`` (what is worth keeping between solves), ``_run`` (one solve of a
     block) and ``needs`` (tags without which it would be wrong). A recipe whose result is a fixed
-    linear function of ``b`` also gives ``_apply`` and may then precondition another.
+    linear function of ``b`` also gives ``_apply`` and may then precondition another. One that sets
+    ``rectangular`` takes operators ``[m, n]`` and returns the least-squares solution of smallest
+    norm.
 
     Example:
         >>> from woodbury import CG, Nystrom
@@ -71,19 +73,21 @@ class Recipe:
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it takes [m, n] operators and returns the least-squares solution of smallest norm.
+    rectangular: ClassVar[bool] = False
 
     def check(self, A: LinearOperator) -> None:
         """Raise unless the recipe can work on ``A``.
 
         Raises:
-            ShapeError: ``A`` is not square.
+            ShapeError: ``A`` is not square, and the recipe does not solve least squares.
             TagError: ``A`` lacks a tag that the method relies on.
         """
         name = type(self).__name__
-        if not A.is_square:
+        if not A.is_square and not self.rectangular:
             raise ShapeError(
-                f"{name} needs a square operator, this one is {A.shape}; for least squares solve "
-                "with A.H @ A"
+                f"{name} needs a square operator, this one is {A.shape}; for least "
+                "squares use LSMR() or QR()"
             )
         for tag in self.needs:
             if tag not in A.tags:
@@ -97,7 +101,7 @@ class Recipe:
         """Do the work that does not depend on ``b``, to be passed to solves as ``state=``.
 
         Raises:
-            ShapeError: ``A`` is not square.
+            ShapeError: ``A`` is not square, and the recipe does not solve least squares.
             TagError: ``A`` lacks a tag that the method relies on.
             NotPositiveDefiniteError: ``A`` has no Cholesky factor.
             SingularError: ``A`` is singular and the recipe cannot do with that.
@@ -140,8 +144,9 @@ class Recipe:
 class Problem:
     """One block of systems as a recipe meets it: no zero columns, entries of moderate size.
 
-    ``b`` and ``x0`` are ``[n]`` for one column and ``[n, k]`` for more, in the dtype of the work
-    (float32 where products are in half precision).
+    ``b`` is ``[m]`` for one column and ``[m, k]`` for more, ``x0`` ``[n]`` or ``[n, k]``, in the
+    dtype of the work (float32 where products are in half precision). ``products`` counts the
+    columns that ``A`` or ``A.H`` was multiplied by.
     """
 
     A: LinearOperator
@@ -155,7 +160,7 @@ class Problem:
     b_norms: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.b_norms = norms(self.A.space, self.b)
+        self.b_norms = norms(self.A.out_space, self.b)
 
     @property
     def width(self) -> int:
@@ -174,24 +179,34 @@ class Problem:
 
     def product(self, X: Tensor) -> Tensor:
         """``A @ X``, counted; half-precision products of a float32 block."""
+        return self._multiply(self.A._matmat, X)
+
+    def adjoint_product(self, Y: Tensor) -> Tensor:
+        """``A.H @ Y``, counted; half-precision products of a float32 block."""
+        return self._multiply(self.A._rmatmat, Y)
+
+    def _multiply(self, hook: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        # What the operator would check of a vector holds here.
         self.products += width(X)
-        if X.dtype == self.A.dtype and not self.watch_gradient:
-            # What the operator would check of a vector holds here.
-            if X.dim() == 1:
-                return self.A._matmat(X.unsqueeze(1)).squeeze(1)
-            return self.A._matmat(X)
+        block = X.unsqueeze(1) if X.dim() == 1 else X
+        if X.dtype != self.A.dtype:
+            block = block.to(self.A.dtype)
         if self.watch_gradient:
             self.watch_gradient = False
             with torch.enable_grad():
-                Y = self.A @ X.to(self.A.dtype)
+                Y = hook(block)
             if Y.requires_grad:
                 raise GradientError(
                     f"the products of {type(self.A).__name__} carry a gradient, and solve() has "
                     "none with respect to the operator yet: call it under torch.no_grad(), or "
                     "detach the tensors that the operator is made of"
                 )
-            return Y.detach().to(X.dtype)
-        return (self.A @ X.to(self.A.dtype)).to(X.dtype)
+            Y = Y.detach()
+        else:
+            Y = hook(block)
+        if X.dtype != self.A.dtype:
+            Y = Y.to(X.dtype)
+        return Y.squeeze(1) if X.dim() == 1 else Y
 
     def residual(self, X: Tensor, columns: Sequence[int] | None = None) -> Tensor:
         """``b - A X`` for all columns, or for the block ``X`` of those listed."""
@@ -201,7 +216,8 @@ class Problem:
     def start(self) -> tuple[Tensor, Tensor]:
         """The first iterate and its residual, both to be changed freely."""
         if self.x0 is None:
-            return torch.zeros_like(self.b), self.b.clone()
+            shape = self.A.shape[1:] + self.b.shape[1:]
+            return self.b.new_zeros(shape), self.b.clone()
         return self.x0.clone(), self.residual(self.x0)
 
     def note(self, step: int, residuals: Sequence[float]) -> None:

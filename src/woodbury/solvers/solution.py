@@ -28,6 +28,10 @@ class SolveStatus(Enum):
     """
 
     converged = "the true residual is within the tolerance"
+    least_squares = (
+        "the value minimises ||b - A x||, together with the damping if there is one, to the "
+        "tolerance; b - A x does not vanish, and info['normal_residual'] certifies the minimum"
+    )
     precision = (
         "the residual is above the tolerance, but as small as rounding in this dtype lets it be at "
         "this condition number: for a smaller one use float64 or add damping"
@@ -76,7 +80,7 @@ class SolveStatus(Enum):
     @property
     def ok(self) -> bool:
         """Whether the recipe did what it promises."""
-        return self in (SolveStatus.converged, SolveStatus.precision, SolveStatus.completed)
+        return _ORDER[self] <= _ORDER[SolveStatus.completed]
 
     @staticmethod
     def worst(statuses: Iterable[SolveStatus]) -> SolveStatus:
@@ -92,20 +96,22 @@ class Solution:
     r"""An answer to $A x = b$ with its certificate.
 
     Attributes:
-        value: the best iterate found, ``[n]`` or ``[n, k]`` as ``b``.
+        value: the best iterate found, ``[n]`` or ``[n, k]`` as ``b`` is ``[m]`` or ``[m, k]``.
         status: how the solve ended; the worst of the columns.
         residual: true relative residual $\|b - A x\| / \|b\|$ of ``value``, recomputed with a
             product of its own: a scalar, or ``[k]`` for a block; float64. It is 0 where b is 0.
         steps: steps taken; the most of any column.
-        products: columns that ``A`` was multiplied by, residual and preparation included. Forming
-            the matrix counts as ``n``, also where the structure made it cheaper.
+        products: columns that ``A`` or ``A.H`` was multiplied by, residual and preparation
+            included. Forming the matrix counts as ``n``, also where the structure made it cheaper.
         recipe: the recipe that was used.
         state: what was prepared, to be passed to the next solve with a similar operator.
         column_status: status of each column of a block; ``None`` for one vector.
         history: relative residual after each step, ``[steps + 1]`` or ``[steps + 1, k]``, where it
             was asked for; as the recurrence of the method has it.
         info: what the method found beside: for CG ``column_steps`` and, at negative curvature,
-            ``direction``, ``curvature`` and ``column``; for Neumann the ``step``.
+            ``direction``, ``curvature`` and ``column``; for Neumann the ``step``; for least
+            squares ``normal_residual``, $\|A^H r\| / (\|A\| \|r\|)$ of each column with
+            $r = b - A x$ recomputed.
 
     Example:
         >>> import torch

@@ -35,6 +35,10 @@ _FACTORISATION_FAILURES: dict[type[Exception], SolveStatus] = {
 }
 
 
+# What recipes say of each column, and its value for a column of zeros, which they are not given.
+_OF_A_ZERO_COLUMN: dict[str, float] = {"column_steps": 0, "normal_residual": 0.0}
+
+
 class SolveWarning(RuntimeWarning):
     """A solve failed and its caller had asked to be warned only."""
 
@@ -56,14 +60,19 @@ def solve(
     The value is differentiable with respect to ``b``, to any order: the backward pass solves with
     ``A.H`` by the same recipe and state. There, too, a failure raises (``throw=True``) or warns.
 
+    A recipe for least squares (``LSMR``, ``LSQR``, ``QR``) returns the minimiser of
+    $\|b - A x\|$ of smallest norm, which is what was asked of it: the status is ``converged`` where
+    the residual vanishes to the tolerance and ``least_squares`` where it does not. A recipe for
+    square systems says ``inconsistent``, a failure, where a singular one has no solution.
+
     Args:
-        A: square operator ``[n, n]``.
-        b: right-hand side ``[n]``, or a block of them ``[n, k]``, of the operator's dtype and
+        A: operator ``[m, n]``; square unless the recipe solves least squares.
+        b: right-hand side ``[m]``, or a block of them ``[m, k]``, of the operator's dtype and
             device.
         recipe: how to solve. By default the operator's own inverse where its structure has one;
             then up to 2,000 rows :class:`Cholesky`, :class:`Eigh` or :class:`LU`, as the tags
             allow; beyond, :class:`CG` for positive (semi)definite operators.
-        x0: first iterate, of the shape of ``b``; zero by default.
+        x0: first iterate ``[n]`` or ``[n, k]``; zero by default.
         state: what ``recipe.prepare`` or an earlier ``solution.state`` holds; made if not given.
             Its factor, sketch or preconditioner is used as it is.
         throw: raise if the solve fails; otherwise the best iterate is returned with its status.
@@ -207,7 +216,7 @@ def _solve_block(
     active = [j for j, size in enumerate(largest) if size > 0]
     prepared = 0
     work = work_dtype(A.dtype)
-    value = torch.zeros(B.shape, dtype=work, device=B.device)
+    value = torch.zeros(A.shape[1], k, dtype=work, device=B.device)
     statuses = [SolveStatus.converged] * k
     residual = torch.zeros(k, dtype=torch.float64)
     outcome = Outcome(value, statuses)
@@ -222,7 +231,7 @@ def _solve_block(
         except tuple(_FACTORISATION_FAILURES) as error:
             if on_failure == "raise":
                 raise
-            return _without_value(b, recipe, _FACTORISATION_FAILURES[type(error)])
+            return _without_value(A, b, recipe, _FACTORISATION_FAILURES[type(error)])
         scales = torch.tensor(problem.scales, dtype=work, device=B.device)
         X = outcome.value if outcome.value.dim() == 2 else outcome.value.unsqueeze(1)
         if any(scale != 1 for scale in problem.scales):
@@ -259,10 +268,11 @@ def _of_all_columns(info: dict[str, Any], active: Sequence[int], k: int) -> dict
     if len(active) == k:
         return info
     found = dict(info)
-    if "column_steps" in info:
-        found["column_steps"] = [0] * k
-        for j, steps in zip(active, info["column_steps"], strict=True):
-            found["column_steps"][j] = steps
+    for name, nothing in _OF_A_ZERO_COLUMN.items():
+        if name in info:
+            found[name] = [nothing] * k
+            for j, number in zip(active, info[name], strict=True):
+                found[name][j] = number
     if "column" in info:
         found["column"] = active[info["column"]]
     return found
@@ -326,7 +336,7 @@ def _true_residuals(problem: Problem, outcome: Outcome) -> Tensor:
     # The residual is that of the value as it is returned, rounded to the operator's dtype.
     rounded = outcome.value.to(problem.A.dtype).to(outcome.value.dtype)
     if found is None or rounded.dtype != problem.A.dtype:
-        found = norms(problem.A.space, problem.residual(rounded))
+        found = norms(problem.A.out_space, problem.residual(rounded))
     pairs = zip(found, problem.b_norms, strict=True)
     return torch.tensor([r / norm for r, norm in pairs], dtype=torch.float64)
 
@@ -340,12 +350,12 @@ def _history(problem: Problem, active: Sequence[int], k: int) -> Tensor | None:
     return found
 
 
-def _without_value(b: Tensor, recipe: Recipe, status: SolveStatus) -> Solution:
+def _without_value(A: LinearOperator, b: Tensor, recipe: Recipe, status: SolveStatus) -> Solution:
     """A factorisation failed: there is no value, and zeros would look like one."""
     block = b.dim() == 2
     nan = torch.full(b.shape[1:], math.nan, dtype=torch.float64)
     return Solution(
-        value=torch.full_like(b, math.nan),
+        value=b.new_full(A.shape[1:] + b.shape[1:], math.nan),
         status=status,
         residual=nan,
         steps=0,
