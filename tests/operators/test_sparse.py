@@ -6,6 +6,7 @@ import scipy.sparse
 import torch
 from tests.conformance import OperatorConformance, wide
 
+import woodbury.operators.sparse
 from woodbury import Diagonal, Identity, Sparse
 from woodbury.errors import (
     DtypeError,
@@ -63,6 +64,37 @@ class TestSparse(OperatorConformance):
             return Sparse(sparse_coo(index, values, (3, 3)))
 
         return [(build, (torch.tensor([3.0, 1.0, 2.0, -1.0, 4.0], dtype=torch.float64),))]
+
+
+class TestSparseWithoutMKL(TestSparse):
+    """The same through SciPy's kernels, which serve where torch has none of its own."""
+
+    @pytest.fixture(autouse=True)
+    def without_mkl(self, monkeypatch):
+        monkeypatch.setattr(woodbury.operators.sparse, "_MKL", False)
+
+
+def test_indices_of_products_have_32_bits_on_the_cpu():
+    A = Sparse(laplacian(6))
+    x = torch.ones(6, dtype=torch.float64)
+    assert (A @ x).tolist() == pytest.approx([1.1, 0.1, 0.1, 0.1, 0.1, 1.1])
+    form = A._form(adjoint=False)
+    if isinstance(form, torch.Tensor):
+        assert form.crow_indices().dtype == form.col_indices().dtype == torch.int32
+        assert form.values().data_ptr() == A.values.data_ptr()  # no second copy of the values
+    else:
+        assert form.indices.dtype == np.int32
+
+
+@pytest.mark.parametrize("tag", ["symmetric", "hermitian"])
+def test_the_adjoint_of_a_symmetric_matrix_is_no_second_copy(tag):
+    M = random_sparse(6, 6, dtype=torch.complex128)
+    M = M + (M.mT if tag == "symmetric" else M.mH)
+    A = Sparse(M.to_sparse(), tags={tag})
+    Y = torch.randn(6, 2, dtype=torch.complex128)
+    torch.testing.assert_close(A.rmatmat(Y), M.mH @ Y)
+    torch.testing.assert_close(A.H @ Y[:, 0], M.mH @ Y[:, 0])
+    assert A._matrix_adjoint is None
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "coo", "lil", "dia", "bsr"])

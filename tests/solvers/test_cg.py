@@ -90,12 +90,16 @@ def test_as_many_steps_as_distinct_eigenvalues() -> None:
 
 
 def test_same_steps_as_scipy() -> None:
-    M, b = definite(200, condition=1e4), random(200)
-    count = []
-    scipy.sparse.linalg.cg(M.numpy(), b.numpy(), rtol=1e-8, callback=lambda x: count.append(1))
-    solution = solve(spd(M), b, CG(rtol=1e-8))
-    assert abs(solution.steps - len(count)) <= 0.02 * len(count)
-    assert solution.products == solution.steps + 1
+    # Beyond n steps rounding decides in which one the tolerance is met: hence the sum of several.
+    theirs, ours = 0, 0
+    for seed in range(6):
+        M, b = definite(200, condition=1e4, seed=seed), random(200, seed=seed + 1)
+        count: list[int] = []
+        scipy.sparse.linalg.cg(M.numpy(), b.numpy(), rtol=1e-8, callback=lambda x: count.append(1))
+        solution = solve(spd(M), b, CG(rtol=1e-8))
+        assert solution.products == solution.steps + 1
+        theirs, ours = theirs + len(count), ours + solution.steps
+    assert abs(ours - theirs) <= 0.02 * theirs
 
 
 @hypothesis.given(

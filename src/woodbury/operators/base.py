@@ -34,6 +34,7 @@ class LinearOperator:
     one column, any strides; a result must not share memory with the argument):
 
     - ``_matmat(X)``: ``A @ X`` for ``X`` of shape ``[n, k]``. Required.
+    - ``_matvec(x)``: ``A @ x`` for one vector ``[n]``, where that is faster than a block of one.
     - ``_rmatmat(Y)``: ``A^H @ Y`` for ``Y`` of shape ``[m, k]``. Default: ``_matmat`` if hermitian.
     - ``_to_dense()``, ``_diagonal()``: default by products.
     - ``_trace()``, ``_logdet()``, ``_inverse()``, ``_transpose()`` (``A.T`` as an operator),
@@ -113,6 +114,9 @@ class LinearOperator:
 
     def _matmat(self, X: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define _matmat")
+
+    def _matvec(self, x: Tensor) -> Tensor:
+        return self._matmat(x.unsqueeze(1)).squeeze(1)
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
         if "hermitian" in self.tags:
@@ -225,6 +229,8 @@ class LinearOperator:
         if not isinstance(other, Tensor):
             return NotImplemented
         x = self._checked(other, self.shape[1], "")
+        if x.dim() == 1:
+            return self._matvec(x)
         return _of_columns(self._matmat, x, self.shape[0])
 
     def __rmatmul__(self, other: Any) -> Any:

@@ -18,15 +18,17 @@ from woodbury.spaces import Space
 
 __all__ = ["Sparse"]
 
+# Without MKL torch has no CSR product on some platforms, and a slow one on others.
+_MKL = torch.backends.mkl.is_available()
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Sparse(LinearOperator):
     r"""A sparse matrix, kept by rows (CSR).
 
-    Products run in SciPy on the CPU (beside torch's CSR product: equal for one vector, up to twice
-    slower for blocks, but on every platform and for the adjoint without a second copy) and in torch
-    elsewhere. They can be differentiated with respect to the stored values.
+    Products run in torch's CSR kernels, on the CPU with indices of 32 bits: those of MKL read them
+    as they are, and a product is bound by what it reads. Where torch was built without MKL they run
+    in SciPy. They can be differentiated with respect to the stored values.
 
     Sums with sparse and diagonal matrices are sparse again, so ``A + c * Identity(n)`` has the
     structural inverse.
@@ -43,8 +45,9 @@ class Sparse(LinearOperator):
         DtypeError: a dense tensor, or a dtype other than float32, float64, complex64, complex128.
         TagError: a tag is not true of the matrix.
 
-    Cost: a product with ``k`` columns is ``nnz k`` multiplications. The inverse is one sparse LU
-    factorisation (SuperLU, in float64, on the CPU only) whose memory is the fill-in.
+    Cost: a product with ``k`` columns is ``nnz k`` multiplications. The first adjoint product of a
+    matrix that is neither tagged symmetric nor hermitian keeps a second copy of it. The inverse is
+    one sparse LU factorisation (SuperLU, in float64, on the CPU only) whose memory is the fill-in.
 
     Example:
         >>> import scipy.sparse, torch
@@ -118,6 +121,9 @@ class Sparse(LinearOperator):
     def _matmat(self, X: Tensor) -> Tensor:
         return self._product_with_gradient(X, adjoint=False)
 
+    def _matvec(self, x: Tensor) -> Tensor:
+        return self._product_with_gradient(x, adjoint=False)
+
     def _rmatmat(self, Y: Tensor) -> Tensor:
         return self._product_with_gradient(Y, adjoint=True)
 
@@ -129,26 +135,43 @@ class Sparse(LinearOperator):
         return self._raw_product(X, adjoint=adjoint)
 
     def _raw_product(self, X: Tensor, *, adjoint: bool) -> Tensor:
-        if self.device.type != "cpu":
-            return self._torch_form(adjoint=adjoint) @ X
-        if self._matrix is None:
-            self._matrix = self.to_scipy_sparse()
-        matrix = self._matrix
-        if adjoint:
-            # The transpose shares the memory; the conjugate does not, and is kept.
-            if self._matrix_adjoint is None:
-                self._matrix_adjoint = matrix.conj().T if self.dtype.is_complex else matrix.T
-            matrix = self._matrix_adjoint
+        if adjoint and "hermitian" in self.tags:
+            adjoint = False
+        if adjoint and "symmetric" in self.tags:
+            return self._raw_product(X.conj().resolve_conj(), adjoint=False).conj().resolve_conj()
+        form = self._form(adjoint=adjoint)
+        if isinstance(form, Tensor):
+            if X.dim() == 1:
+                return torch.mv(form, X)
+            # One vector has a kernel of its own, twice as fast as a block of one column.
+            return torch.mv(form, X[:, 0]).unsqueeze(1) if X.shape[1] == 1 else form @ X
         block = X.detach().resolve_conj().resolve_neg().numpy()
-        if block.shape[1] == 1:  # SciPy's product with one vector is faster than with a block
-            return torch.from_numpy(matrix @ block[:, 0]).unsqueeze(1)
-        return torch.from_numpy(matrix @ block)
+        if X.dim() == 2 and X.shape[1] == 1:
+            return torch.from_numpy(form @ block[:, 0]).unsqueeze(1)
+        return torch.from_numpy(form @ block)
+
+    def _form(self, *, adjoint: bool) -> Any:
+        """``A`` or ``A^H`` as what multiplies fastest: a CSR tensor, or a SciPy matrix."""
+        kept = self._matrix_adjoint if adjoint else self._matrix
+        if kept is None:
+            if self.device.type != "cpu" or (_MKL and self._is_short):
+                kept = self._torch_form(adjoint=adjoint)
+            else:
+                kept = self.to_scipy_sparse()
+                if adjoint:
+                    kept = kept.conj().T if self.dtype.is_complex else kept.T
+            if adjoint:
+                self._matrix_adjoint = kept
+            else:
+                self._matrix = kept
+        return kept
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether indices of 32 bits will do: half the memory to read in every product."""
+        return max(*self.shape, self.nnz) < 2**31
 
     def _torch_form(self, *, adjoint: bool) -> Tensor:
-        """A CSR tensor of ``A`` or ``A^H``, for devices other than the CPU."""
-        kept = self._matrix_adjoint if adjoint else self._matrix
-        if kept is not None:
-            return kept
         rows, columns, values = self.rows, self.column_indices, self.values.detach()
         shape = self.shape
         if adjoint:
@@ -157,16 +180,17 @@ class Sparse(LinearOperator):
             shape = shape[1], shape[0]
         starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=self.device)
         starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+        if self._is_short:
+            starts, columns = starts.int(), columns.int()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            kept = torch.sparse_csr_tensor(
-                starts, columns, values.resolve_conj(), size=shape, check_invariants=False
+            return torch.sparse_csr_tensor(
+                starts,
+                columns,
+                values.resolve_conj().resolve_neg(),
+                size=shape,
+                check_invariants=False,
             )
-        if adjoint:
-            self._matrix_adjoint = kept
-        else:
-            self._matrix = kept
-        return kept
 
     def to_scipy_sparse(self) -> Any:
         """The matrix as a SciPy CSR array; on the CPU it shares the values."""
@@ -176,7 +200,7 @@ class Sparse(LinearOperator):
         starts[1:] = torch.bincount(self.rows.cpu(), minlength=self.shape[0]).cumsum(0)
         values = self.values.detach().cpu().resolve_conj().resolve_neg().numpy()
         columns, offsets = self.column_indices.cpu().numpy(), starts.numpy()
-        if max(*self.shape, self.nnz) < 2**31:  # half the memory to read in every product
+        if self._is_short:
             columns, offsets = columns.astype("int32"), offsets.astype("int32")
         return csr_array((values, columns, offsets), shape=self.shape)
 
@@ -256,7 +280,8 @@ class _SparseProduct(torch.autograd.Function):
 
 def entries(left: Tensor, right: Tensor, pattern: Sparse) -> Tensor:
     """The entries of ``left right^H`` where ``pattern`` has stored ones: ``[nnz]``."""
-    return (left[pattern.rows] * right[pattern.column_indices].conj()).sum(1)
+    products = left[pattern.rows] * right[pattern.column_indices].conj()
+    return products if products.dim() == 1 else products.sum(1)
 
 
 def _triplets(matrix: Any) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
