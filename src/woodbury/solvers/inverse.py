@@ -103,15 +103,23 @@ class InverseOperator(LinearOperator):
 class AppliedRecipe(LinearOperator):
     r"""The fixed linear map $b \mapsto x$ of a recipe, without residual or status.
 
-    What preconditions; for everything else use :func:`~woodbury.inverse`.
+    What preconditions; for everything else use :func:`~woodbury.inverse`. ``tags`` are those of an
+    inverse unless they are given.
     """
 
-    def __init__(self, operator: LinearOperator, recipe: Recipe, state: State) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        recipe: Recipe,
+        state: State,
+        *,
+        tags: Tags | None = None,
+    ) -> None:
         super().__init__(
             (operator.shape[1], operator.shape[0]),
             dtype=operator.dtype,
             device=operator.device,
-            tags=_tags(operator, recipe),
+            tags=_tags(operator, recipe) if tags is None else tags,
             space=operator.out_space,
             out_space=operator.space,
         )

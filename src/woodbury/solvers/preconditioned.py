@@ -1,4 +1,4 @@
-"""What Krylov recipes share: tolerances, the limit of steps, and the preconditioner."""
+"""What iterative recipes share: tolerances, the limit of steps, and the preconditioner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from woodbury.errors import ArgumentError, DeviceError, DtypeError, ShapeError, 
 from woodbury.operators.base import LinearOperator
 from woodbury.solvers.recipe import Recipe, State
 
-__all__ = ["KrylovState", "Preconditioned", "preconditioning"]
+__all__ = ["Iterative", "KrylovState", "Preconditioned", "preconditioning"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +28,15 @@ class KrylovState(State):
 
 
 @dataclass(frozen=True)
-class Preconditioned(Recipe):
-    """Base of the recipes that aim at a tolerance and take a preconditioner.
+class Iterative(Recipe):
+    """Base of the recipes that aim at a tolerance, with an operator $M$ in their state.
 
-    A subclass adds ``_run``; where the method needs no hermitian preconditioner it says so by
-    ``hermitian_preconditioner = False``.
+    For Krylov recipes $M$ is the preconditioner; a stationary method is one.
     """
 
     rtol: float = 1e-6
     atol: float = 0.0
     max_steps: int | None = None
-    preconditioner: LinearOperator | Recipe | None = None
-
-    hermitian_preconditioner: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, size in (("rtol", self.rtol), ("atol", self.atol)):
@@ -60,6 +56,19 @@ class Preconditioned(Recipe):
         assert isinstance(state, KrylovState)  # made by _prepare
         M = state.preconditioner
         return replace(state, shape=A.H.shape, preconditioner=None if M is None else M.H)
+
+
+@dataclass(frozen=True)
+class Preconditioned(Iterative):
+    """Base of the recipes that aim at a tolerance and take a preconditioner.
+
+    A subclass adds ``_run``; where the method needs no hermitian preconditioner it says so by
+    ``hermitian_preconditioner = False``.
+    """
+
+    preconditioner: LinearOperator | Recipe | None = None
+
+    hermitian_preconditioner: ClassVar[bool] = True
 
     def _prepare(self, A: LinearOperator) -> KrylovState:
         M = self.preconditioner

@@ -233,13 +233,17 @@ class Problem:
 
 @dataclass(eq=False)
 class Outcome:
-    """What ``Recipe._run`` hands back; ``residuals`` only where they are true and of ``value``."""
+    """What ``Recipe._run`` hands back; ``residuals`` only where they are true and of ``value``.
+
+    ``state`` is what the solve learnt for the next one, in place of the state it was given.
+    """
 
     value: Tensor
     statuses: list[SolveStatus]
     steps: int = 0
     residuals: list[float] | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    state: State | None = None
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

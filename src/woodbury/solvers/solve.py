@@ -243,6 +243,7 @@ def _solve_block(
             known = math.isfinite(residual[j]) or not status.ok
             statuses[j] = status if known else SolveStatus.non_finite
         products = problem.products
+        state = outcome.state or state
         history = _history(problem, active, k)
     elif watch.history:
         history = torch.zeros(1, k, dtype=torch.float64)
