@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from woodbury.solvers.cg_column import Column
+from woodbury.solvers.cg_column import CGColumn
 from woodbury.solvers.columns import add_columns, dots, norms, take
-from woodbury.solvers.preconditioned import KrylovState, Preconditioned, preconditioning
+from woodbury.solvers.loop import Loop
+from woodbury.solvers.preconditioned import KrylovState, Preconditioned
 from woodbury.solvers.recipe import Outcome, Problem
 from woodbury.solvers.solution import SolveStatus
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
-    from woodbury.spaces import Space
 
 __all__ = ["CG"]
 
@@ -78,56 +77,16 @@ class CG(Preconditioned):
         return loop.run(self.limit(problem.A))
 
 
-# Steps from one look at the size of rounding to the next.
-_LOOK = 50
-
-
-class _Loop:
+class _Loop(Loop[CGColumn]):
     """The block recurrences: tensors hold the running columns only."""
+
+    blocks: ClassVar[tuple[str, ...]] = ("X", "R", "P")
 
     def __init__(
         self, problem: Problem, M: LinearOperator | None, tolerances: Sequence[float]
     ) -> None:
-        self.problem = problem
-        self.space: Space = problem.A.space
-        self.precondition = preconditioning(M)
-        self.X, self.R = problem.start()
+        super().__init__(problem, M, tolerances, CGColumn)
         self.P = self.X  # replaced by the first direction
-        eps = torch.finfo(self.X.dtype).eps
-        known = problem.b_norms if problem.x0 is None else norms(self.space, self.R)
-        self.columns = [
-            Column(j, tolerance, norm, b_norm, eps)
-            for j, (tolerance, norm, b_norm) in enumerate(
-                zip(tolerances, known, problem.b_norms, strict=True)
-            )
-        ]
-        self.all_columns = list(self.columns)
-        for column in self.columns:
-            column.residual = column.norm  # true at the start
-            if not math.isfinite(column.norm):
-                column.status = SolveStatus.non_finite
-            elif column.norm <= column.tolerance:
-                column.status = SolveStatus.converged
-        self.value = self.X if self.X.dim() == 1 else torch.zeros_like(self.X)
-        self.best: Tensor | None = None
-        self.silent = problem.silent
-        self.info: dict[str, Any] = {}
-
-    def run(self, limit: int) -> Outcome:
-        step = 0
-        self.note(step)
-        self.leave()
-        while self.columns and step < limit:
-            self.turn()
-            if not self.columns:
-                break
-            step += 1
-            self.advance(look=step % _LOOK == 0 or step == 1)
-            self.note(step)
-        for column in self.columns:
-            column.status = SolveStatus.max_steps
-        self.leave()
-        return self.outcome()
 
     def turn(self) -> None:
         """New directions from the residuals."""
@@ -195,31 +154,9 @@ class _Loop:
                 column.size = max(column.size, column.row, column.top)
             column.level = eps * (column.size * x + column.b_norm)
 
-    def keep_best(self, rising: Sequence[int]) -> None:
-        """Keep the iterate of smallest residual, in case the curvature vanishes further on."""
-        if self.best is None:
-            self.best = torch.empty_like(self.value)
-        if self.value.dim() == 1:
-            self.best.copy_(self.X)
-        else:
-            self.best[:, [self.columns[j].index for j in rising]] = take(self.X, rising)
-
-    def verify(self, claims: list[int]) -> None:
-        """Compute the true residual of the columns that claim to have converged."""
-        if self.value.dim() == 1:
-            true = self.problem.residual(self.X)
-            gap = true - self.R
-        else:
-            true = self.problem.residual(
-                take(self.X, claims), [self.columns[j].index for j in claims]
-            )
-            gap = true - take(self.R, claims)
-        found = zip(norms(self.space, true), norms(self.space, gap), strict=True)
-        for position, (j, (norm, distance)) in enumerate(zip(claims, found, strict=True)):
-            column = self.columns[j]
-            column.verify(norm, distance)
-            if column.restart:
-                _column(self.R, j).copy_(_column(true, position))
+    def prefers_best(self, column: CGColumn) -> bool:
+        """After a breakdown the norm that the method minimises means nothing."""
+        return column.status is SolveStatus.breakdown
 
     def note_curvature(self, curvatures: Sequence[float]) -> None:
         """Keep the first direction of negative curvature, normalised."""
@@ -230,50 +167,3 @@ class _Loop:
                 self.info["column"] = column.index
                 self.info["curvature"] = curvatures[j] / norm**2
                 self.info["direction"] = p / norm
-
-    def leave(self) -> list[int]:
-        """Take the columns that have a status out of the block; returns those kept."""
-        keep = [j for j, column in enumerate(self.columns) if column.status is None]
-        if len(keep) == len(self.columns):
-            return keep
-        for j, column in enumerate(self.columns):
-            if column.status is None:
-                continue
-            source = _column(self.X, j)
-            if column.status is SolveStatus.breakdown and column.best < column.norm:
-                assert self.best is not None  # kept when the residual rose
-                source, column.residual = _column(self.best, column.index), None
-            if source is not self.value:
-                _column(self.value, column.index).copy_(source)
-        self.columns = [self.columns[j] for j in keep]
-        if keep:
-            self.X, self.R, self.P = (take(T, keep) for T in (self.X, self.R, self.P))
-        return keep
-
-    def note(self, step: int) -> None:
-        if self.silent:
-            return
-        self.problem.note(step, [column.norm for column in self.all_columns])
-
-    def outcome(self) -> Outcome:
-        """The value with true residuals, computed for the columns where it is not known yet."""
-        columns = self.all_columns
-        unknown = [c.index for c in columns if c.residual is None]
-        if unknown:
-            X = self.value if self.value.dim() == 1 else take(self.value, unknown)
-            found = norms(self.space, self.problem.residual(X, unknown))
-            for j, norm in zip(unknown, found, strict=True):
-                columns[j].residual = norm
-        self.info["column_steps"] = [column.steps for column in columns]
-        return Outcome(
-            self.value,
-            [column.status or SolveStatus.max_steps for column in columns],
-            steps=max(column.steps for column in columns),
-            residuals=[math.nan if c.residual is None else c.residual for c in columns],
-            info=self.info,
-        )
-
-
-def _column(X: Tensor, j: int) -> Tensor:
-    """A view of one column."""
-    return X if X.dim() == 1 else X[:, j]
