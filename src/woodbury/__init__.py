@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from woodbury.solvers import (
         CG,
+        LSMR,
+        LSQR,
         Cholesky,
         Eigh,
         Neumann,
@@ -56,6 +58,8 @@ _HOME = {
     "Jacobian": "curvature",
     "Kernel": "operators",
     "Kronecker": "operators",
+    "LSMR": "solvers",
+    "LSQR": "solvers",
     "LinearOperator": "operators",
     "LowRank": "operators",
     "Neumann": "solvers",
@@ -88,6 +92,8 @@ _ROOMS = (
 
 __all__ = [
     "CG",
+    "LSMR",
+    "LSQR",
     "BlockDiagonal",
     "Cholesky",
     "Dense",

@@ -4,6 +4,8 @@ from woodbury.solvers.cg import CG
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.eigh import Eigh
 from woodbury.solvers.inverse import InverseOperator, inverse
+from woodbury.solvers.lsmr import LSMR
+from woodbury.solvers.lsqr import LSQR
 from woodbury.solvers.lu import LU
 from woodbury.solvers.neumann import Neumann
 from woodbury.solvers.nystrom import Nystrom
@@ -14,6 +16,8 @@ from woodbury.solvers.structural import Structural
 
 __all__ = [
     "CG",
+    "LSMR",
+    "LSQR",
     "LU",
     "Cholesky",
     "Eigh",
