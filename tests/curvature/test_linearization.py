@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from woodbury import Fisher, GaussNewton, Hessian, Jacobian, Objective
 from woodbury.curvature import memory
+from woodbury.operators import memory as operators_memory
 
 F64 = torch.float64
 KINDS = {
@@ -201,22 +202,9 @@ class Double(torch.autograd.Function):
 
 
 class TestMemory:
-    def test_available(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cpu = torch.device("cpu")
-        assert 0 < memory.available_bytes(cpu) < 2**50
-        monkeypatch.setattr(memory, "_kernel_bytes", lambda: 10**9)
-        monkeypatch.setattr(memory, "_group_bytes", lambda: 10**8)
-        assert memory.available_bytes(cpu) == 10**8
-        monkeypatch.setattr(memory, "_group_bytes", lambda: -5)
-        assert memory.available_bytes(cpu) == 0
-        monkeypatch.setattr(memory, "_group_bytes", lambda: None)
-        assert memory.available_bytes(cpu) == 10**9
-        monkeypatch.setattr(memory, "_kernel_bytes", lambda: None)
-        assert memory.available_bytes(cpu) == 2 * 2**30
-
     def test_auto_is_half_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "_kernel_bytes", lambda: 3000)
-        monkeypatch.setattr(memory, "_group_bytes", lambda: None)
+        monkeypatch.setattr(operators_memory, "_kernel_bytes", lambda: 3000)
+        monkeypatch.setattr(operators_memory, "_group_bytes", lambda: None)
         _, _, objective = setting()
         operator = Hessian(objective)
         _ = operator @ torch.ones(objective.space.dim, dtype=F64)
@@ -224,13 +212,6 @@ class TestMemory:
         assert report.budget == 1500
         assert report.nbytes <= 1500
         assert 0 < report.streamed < 4 or report.cached == 0
-
-    @pytest.mark.parametrize(
-        ("amount", "words"),
-        [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**43, "8.0 TiB")],
-    )
-    def test_words(self, amount: int, words: str) -> None:
-        assert memory.in_words(amount) == words
 
     @pytest.mark.parametrize("shows_data", [True, False])
     def test_graphs_of_custom_functions(

@@ -9,9 +9,9 @@ import torch
 
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.graphs import Linearized, Room
-from woodbury.curvature.memory import available_bytes, in_words
 from woodbury.curvature.problem import Problem
 from woodbury.errors import ArgumentError, GradientError
+from woodbury.operators.memory import available_bytes, in_words
 
 __all__ = ["CacheReport", "Linearizations"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import NotPositiveDefiniteError, SingularError
-from woodbury.solvers.direct import Direct, FactorState, form
+from woodbury.solvers.direct import FactorState, Forming, reciprocal_condition
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
@@ -25,14 +26,19 @@ class CholeskyState(FactorState):
 
 
 @dataclass(frozen=True)
-class Cholesky(Direct):
+class Cholesky(Forming):
     r"""Direct solve by $A = L L^H$, for hermitian positive definite operators that fit in memory.
 
     The matrix is formed and factorised in double precision, whatever the operator's dtype, and the
     answer refined against the operator's own products. No jitter is added: where the factor does
     not exist the error says how far the matrix is from positive definite.
 
+    Args:
+        budget_bytes: memory that the preparation may take at the peak; default is what the system
+            says is available.
+
     Raises:
+        BudgetError: the matrix and its factor do not fit; nothing was allocated.
         TagError: the operator is not tagged hermitian, or is tagged so and its matrix is not.
         NotPositiveDefiniteError: an eigenvalue is negative.
         SingularError: the smallest eigenvalue is zero to working precision.
@@ -53,17 +59,20 @@ class Cholesky(Direct):
     needs: ClassVar[tuple[str, ...]] = ("hermitian",)
 
     def _prepare(self, A: LinearOperator) -> CholeskyState:
-        dense = form(A, hermitian=True)
+        dense = self._form(A, hermitian=True)
+        n = A.shape[0]
         norm = torch.linalg.matrix_norm(dense).item()
         factor, info = torch.linalg.cholesky_ex(dense)
-        pivots = torch.diagonal(factor).real.square()
-        eps = torch.finfo(dense.dtype).eps
-        smallest_pivot_too_small = (
-            info.item() == 0
-            and pivots.numel() > 0
-            and pivots.amin().item() <= A.shape[0] * eps * pivots.amax().item()
-        )
-        if info.item() > 0 or smallest_pivot_too_small:
+        singular = False
+        if info.item() == 0 and n > 0:
+            # A small pivot is not needed for that: the estimate sees what the pivots hide.
+            rcond = reciprocal_condition(
+                torch.linalg.matrix_norm(dense, 1).item(),
+                lambda B, adjoint: torch.cholesky_solve(B, factor),
+                dense,
+            )
+            singular = rcond <= math.sqrt(n) * torch.finfo(dense.dtype).eps
+        if info.item() > 0 or singular:
             raise _diagnosis(dense, int(info.item()))
         return CholeskyState.of(self, A, A.shape[0], norm=norm, factor=factor)
 

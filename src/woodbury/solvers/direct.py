@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from woodbury.errors import NonFiniteError, TagError
+from woodbury.errors import ArgumentError, BudgetError, NonFiniteError, TagError
+from woodbury.operators.factorization import norm_of_inverse
+from woodbury.operators.memory import available_bytes, in_words
 from woodbury.solvers.columns import norms
 from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
 from woodbury.solvers.solution import SolveStatus
@@ -17,10 +20,16 @@ from woodbury.solvers.solution import SolveStatus
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
 
-__all__ = ["Direct", "FactorState", "form", "wide"]
+__all__ = ["Direct", "FactorState", "Forming", "form", "reciprocal_condition", "wide"]
 
 # Refinement stops earlier where it no longer halves the residual.
 _REFINEMENTS = 3
+
+# The system is not asked for what it has left where less than this is needed.
+_ALWAYS_BYTES = 64 * 2**20
+
+# Rows of the matrix that are compared with its columns at a time.
+_BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +72,11 @@ class Direct(Recipe):
             if not halved:
                 break
         statuses = self._verdict(problem, state, X, found)
-        return Outcome(X, statuses, residuals=found)
+        return Outcome(X, statuses, residuals=found, info=self._info(state))
+
+    def _info(self, state: Any) -> dict[str, Any]:
+        """What the factorisation says beside the answer."""
+        return {}
 
     def _pairs(self, problem: Problem, found: list[float]) -> list[tuple[float, float]]:
         return list(zip(found, problem.b_norms, strict=True))
@@ -93,20 +106,69 @@ class Direct(Recipe):
         return statuses
 
 
+@dataclass(frozen=True)
+class Forming(Direct):
+    """Base of the direct recipes that form the matrix, within a budget of memory.
+
+    Args:
+        budget_bytes: what forming and factorising may take at the peak; default is what the system
+            says is available.
+    """
+
+    budget_bytes: int | None = field(default=None, kw_only=True, repr=False)
+
+    # Matrices in double precision at the peak of the preparation, that of the operator not counted.
+    peak: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.budget_bytes is not None and self.budget_bytes < 0:
+            raise ArgumentError(f"budget_bytes is {self.budget_bytes}; it must be >= 0")
+
+    def _form(self, A: LinearOperator, *, hermitian: bool = False) -> Tensor:
+        """The matrix in double precision, in memory of its own; see :func:`form`.
+
+        Raises:
+            BudgetError: it does not fit; nothing was allocated.
+        """
+        rows, columns = A.shape
+        need = self.peak * rows * columns * torch.empty((), dtype=wide(A.dtype)).element_size()
+        allowed = self.budget_bytes
+        if allowed is None and need > _ALWAYS_BYTES:
+            allowed = available_bytes(A.device)
+        if allowed is not None and need > allowed:
+            name = type(self).__name__
+            said = "are available" if self.budget_bytes is None else "is the budget"
+            raise BudgetError(
+                f"{name} forms the matrix: {rows} x {columns} in {wide(A.dtype)} takes "
+                f"{in_words(need)} ({need:,} bytes) with its factors, and {in_words(allowed)} "
+                f"{said}; {self._instead(A)}, or raise budget_bytes"
+            )
+        return form(A, hermitian=hermitian)
+
+    def _instead(self, A: LinearOperator) -> str:
+        """What needs no matrix."""
+        if "hermitian" in A.tags:
+            return "use an iterative recipe, which only multiplies (CG() or MINRES())"
+        return "use an iterative recipe, which only multiplies (GMRES() or LSMR())"
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Double precision of the same kind."""
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
 def form(A: LinearOperator, *, hermitian: bool) -> Tensor:
-    """The matrix in double precision; where ``hermitian``, checked to be so and made so.
+    """The matrix in double precision, to be changed freely.
+
+    Where ``hermitian``, it is checked to be so and made so, a block of rows at a time.
 
     Raises:
         NonFiniteError: an entry is NaN or infinite.
         TagError: the operator is tagged hermitian, and its matrix is not.
     """
-    dense = A.to_dense().detach().to(wide(A.dtype))
-    if not bool(torch.isfinite(dense).all()):
+    dense = A.to_dense().detach().resolve_conj()
+    dense = dense.to(wide(A.dtype), copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(dense.sum())) and not bool(torch.isfinite(dense).all()):
         bad = int((~torch.isfinite(dense)).sum())
         raise NonFiniteError(
             f"{bad} of {dense.numel()} entries of the matrix of {type(A).__name__} are NaN or "
@@ -114,14 +176,43 @@ def form(A: LinearOperator, *, hermitian: bool) -> Tensor:
         )
     if not hermitian or dense.numel() == 0:
         return dense
-    difference = (dense - dense.mH).abs()
-    largest = dense.abs().amax()
     # Rounding makes the products of a symmetric operator slightly asymmetric.
-    if bool(difference.amax() > math.sqrt(torch.finfo(A.dtype).eps) * largest):
-        row, column = divmod(int(difference.argmax()), dense.shape[1])
-        raise TagError(
-            f"{type(A).__name__} is tagged hermitian, but its entries ({row}, {column}) and "
-            f"({column}, {row}) are {dense[row, column].item():.6g} and "
-            f"{dense[column, row].item():.6g}"
-        )
-    return (dense + dense.mH) / 2
+    parts = torch.view_as_real(dense) if dense.is_complex() else dense
+    low, high = (bound.item() for bound in parts.aminmax())
+    allowed = math.sqrt(torch.finfo(A.dtype).eps) * max(-low, high)
+    n = dense.shape[0]
+    height = max(1, _BLOCK_BYTES // (n * dense.element_size()))
+    for start in range(0, n, height):
+        stop = min(start + height, n)
+        rows, columns = dense[start:stop, start:], dense[start:, start:stop]
+        gap = (rows - columns.mH).abs()
+        if gap.amax().item() > allowed:
+            row, column = divmod(int(gap.argmax()), gap.shape[1])
+            row, column = row + start, column + start
+            raise TagError(
+                f"{type(A).__name__} is tagged hermitian, but its entries ({row}, {column}) and "
+                f"({column}, {row}) are {dense[row, column].item():.6g} and "
+                f"{dense[column, row].item():.6g}"
+            )
+        mean = (rows + columns.mH) / 2
+        rows.copy_(mean)
+        columns.copy_(mean.mH)
+    return dense
+
+
+def reciprocal_condition(
+    matrix_norm: float, solve: Callable[[Tensor, bool], Tensor], like: Tensor
+) -> float:
+    """``1 / (||A||_1 ||A^-1||_1)`` from a few solves, an estimate from above.
+
+    Args:
+        matrix_norm: ``||A||_1``.
+        solve: ``(B, adjoint) -> A^-1 B`` or ``A^-H B`` for ``[n, 1]``.
+        like: tensor ``[n, ...]`` of the dtype and device of the solves.
+    """
+    n = like.shape[0]
+    if n == 0 or matrix_norm == 0:
+        return 1.0 if n == 0 else 0.0
+    inverse_norm = norm_of_inverse(solve, torch.Size([n]), like.dtype, like.device).item()
+    rcond = 1 / (matrix_norm * inverse_norm) if inverse_norm > 0 else 0.0
+    return rcond if math.isfinite(rcond) else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from woodbury.errors import ArgumentError
 from woodbury.solvers.columns import norms
-from woodbury.solvers.direct import Direct, FactorState, form
+from woodbury.solvers.direct import FactorState, Forming
 from woodbury.solvers.recipe import Problem
 from woodbury.solvers.solution import SolveStatus
 
@@ -37,7 +37,7 @@ class EighState(FactorState):
 
 
 @dataclass(frozen=True)
-class Eigh(Direct):
+class Eigh(Forming):
     r"""Direct solve by $A = V \Lambda V^H$, for hermitian operators: indefinite and singular too.
 
     $x = \sum_{|\lambda_i| > \text{rcond} \max|\lambda|} v_i \lambda_i^{-1} v_i^H b$, the
@@ -47,12 +47,15 @@ class Eigh(Direct):
     Args:
         rcond: eigenvalues of modulus up to ``rcond`` times the largest count as zero; default
             ``n`` times the machine epsilon of the operator's dtype.
+        budget_bytes: memory that the preparation may take at the peak; default is what the system
+            says is available.
 
     Raises:
+        BudgetError: the matrix and its eigenvectors do not fit; nothing was allocated.
         TagError: the operator is not tagged hermitian, or is tagged so and its matrix is not.
         ArgumentError: ``rcond`` is not between 0 and 1.
 
-    Cost: ``n`` products to form the matrix, about $9 n^3$ multiplications, 24 $n^2$ bytes at the
+    Cost: ``n`` products to form the matrix, about $9 n^3$ multiplications, 32 $n^2$ bytes at the
     peak and 8 $n^2$ kept; then $4 n^2$ and one or two products per column.
 
     Source: Golub and Van Loan, "Matrix Computations" (4th ed.), 8.3 and 5.5.
@@ -70,14 +73,16 @@ class Eigh(Direct):
     rcond: float | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("hermitian",)
+    peak: ClassVar[int] = 4  # the eigenvectors, and as much again to work in, twice
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rcond is not None and not 0 <= self.rcond < 1:
             raise ArgumentError(f"rcond is {self.rcond}; it must be in [0, 1)")
 
     def _prepare(self, A: LinearOperator) -> EighState:
         n = A.shape[0]
-        dense = form(A, hermitian=True)
+        dense = self._form(A, hermitian=True)
         eigenvalues, basis = torch.linalg.eigh(dense)
         norm = eigenvalues.abs().amax().item() if n else 0.0
         rcond = n * torch.finfo(A.dtype).eps if self.rcond is None else self.rcond

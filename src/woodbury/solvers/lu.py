@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import SingularError
-from woodbury.solvers.direct import Direct, FactorState, form
+from woodbury.solvers.direct import FactorState, Forming
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
@@ -34,13 +34,18 @@ class LUState(FactorState):
 
 
 @dataclass(frozen=True)
-class LU(Direct):
+class LU(Forming):
     r"""Direct solve by $P A = L U$ with row exchanges, for any invertible operator in memory.
 
     The matrix is formed and factorised in double precision, whatever the operator's dtype, and the
     answer refined against the operator's own products.
 
+    Args:
+        budget_bytes: memory that the preparation may take at the peak; default is what the system
+            says is available.
+
     Raises:
+        BudgetError: the matrix and its factors do not fit; nothing was allocated.
         SingularError: a pivot is zero to working precision.
 
     Cost: ``n`` products to form the matrix, $2n^3/3$ multiplications, 16 $n^2$ bytes at the peak
@@ -59,7 +64,7 @@ class LU(Direct):
 
     def _prepare(self, A: LinearOperator) -> LUState:
         n = A.shape[0]
-        dense = form(A, hermitian=False)
+        dense = self._form(A)
         norm = torch.linalg.matrix_norm(dense).item()
         factor, pivots, _ = torch.linalg.lu_factor_ex(dense)
         sizes = torch.diagonal(factor).abs()
