@@ -239,3 +239,46 @@ def test_rank_out_of_range() -> None:
 def test_arguments_out_of_range(options) -> None:
     with pytest.raises(ArgumentError, match=f"{next(iter(options))} is"):
         solve(psd(decaying()), random(N), Nystrom(rank=2, **{"damping": 0.1, **options}))
+
+
+# -------------------------------------------------------------- to a target error
+
+
+def test_tolerance_chooses_the_rank() -> None:
+    M, b, mu = decaying(60), random(60), 1e-4
+    A = psd(M) + mu * Identity(60)
+    solution = solve(A, b, Nystrom(2, tolerance=mu))
+    assert solution.status is SolveStatus.completed
+    factor = solution.state.factor
+    assert solution.info == {"rank": factor.basis.shape[1], "error": factor.error}
+    assert factor.error <= mu
+    helped = solve(A, b, CG(rtol=1e-10, preconditioner=Nystrom(2, tolerance=mu)))
+    alone = solve(A, b, CG(rtol=1e-10))
+    assert helped.status is alone.status is SolveStatus.converged
+    assert helped.steps < alone.steps / 2
+    assert error_of(helped.value, solution_of(M + mu * eye(60), b)) < 1e-6
+
+
+def test_error_that_is_out_of_reach_is_said() -> None:
+    A = psd(decaying(60)) + 1e-3 * Identity(60)
+    solution = solve(A, random(60), Nystrom(2, tolerance=1e-7, max_rank=5))
+    assert solution.info["rank"] == 5
+    assert solution.info["error"] > 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_krylov_space_of_full_rank_is_the_damped_inverse(dtype: torch.dtype) -> None:
+    M, B = decaying(dtype=dtype), random(N, 3, dtype=dtype)
+    A = psd(M) + 0.1 * Identity(N)
+    solution = solve(A, B, Nystrom(N // 2, method="block_krylov", depth=3))
+    near = solution_of(wide(M) + 0.1 * eye(N), B)
+    # Of rank 12 the spectrum 10^(-8 i / 23) leaves 6.7e-5.
+    assert error_of(solution.value, near) < 2e-3
+    assert solution.state.factor.products == N
+
+
+def test_options_are_looked_at_before_any_work() -> None:
+    with pytest.raises(ArgumentError, match="depth is 0"):
+        Nystrom(3, depth=0)
+    with pytest.raises(RankError, match="max_rank is 2"):
+        Nystrom(3, tolerance=0.1, max_rank=2)

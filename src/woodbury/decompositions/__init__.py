@@ -1,18 +1,35 @@
 """Factorisations that solvers and spectra are both made of."""
 
+from woodbury.decompositions.cur import cur
 from woodbury.decompositions.lanczos import Lanczos, lanczos
+from woodbury.decompositions.meta import (
+    MetaFactor,
+    generalized_nystrom,
+    meta_factorization,
+    utv,
+)
 from woodbury.decompositions.nystrom import NystromFactor, nystrom
 from woodbury.decompositions.orthonormal import orthonormalize
 from woodbury.decompositions.partial import PartialEigen
 from woodbury.decompositions.power import ExtremeEigenvalues, extreme_eigenvalues
+from woodbury.decompositions.range_finder import RangeBasis, range_finder
+from woodbury.decompositions.two_sided import TwoSided
 
 __all__ = [
     "ExtremeEigenvalues",
     "Lanczos",
+    "MetaFactor",
     "NystromFactor",
     "PartialEigen",
+    "RangeBasis",
+    "TwoSided",
+    "cur",
     "extreme_eigenvalues",
+    "generalized_nystrom",
     "lanczos",
+    "meta_factorization",
     "nystrom",
     "orthonormalize",
+    "range_finder",
+    "utv",
 ]

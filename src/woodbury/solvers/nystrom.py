@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from woodbury.decompositions.nystrom import NystromFactor, NystromMethod, nystrom
+from woodbury.decompositions.nystrom import (
+    NystromFactor,
+    NystromMethod,
+    check_options,
+    nystrom,
+)
 from woodbury.errors import ArgumentError, RankError
 from woodbury.operators.identity import multiple_of_identity
 from woodbury.operators.low_rank_update import LowRankUpdate
@@ -56,26 +61,36 @@ class Nystrom(Recipe):
     sides, other shifts and nearby operators: ``solve(A, b, state=solution.state)``.
 
     Args:
-        rank: columns of the sketch, 1 to ``n``.
+        rank: columns of the sketch, 1 to ``n``; with a ``tolerance``, of the first one.
         damping: $\rho \ge 0$.
-        method: ``"gaussian"`` (stabilised; positive semidefinite ``H``) or ``"column"`` (columns
-            drawn uniformly; ``H`` may be indefinite).
+        method: ``"gaussian"`` (stabilised), ``"block_krylov"`` (a better approximation for
+            ``depth`` times the products), both for positive semidefinite ``H``, or ``"column"``
+            (columns drawn uniformly; ``H`` may be indefinite).
         seed: of the draw.
         chunk: columns in one product; by default as many as fit into 256 MiB.
+        depth: blocks of the Krylov space, for ``"block_krylov"``.
+        tolerance: double the rank until $\|H - \hat H\|$ is estimated to be within it: absolute,
+            in the unit of ``H``. As a preconditioner, a few times $\mu + \rho$ are enough.
+        max_rank: where the doubling ends, by default at ``n``. The error reached is in
+            ``info["error"]`` and ``state.factor.error``, also where it is above the tolerance.
+        memory: bytes that the blocks may take at the peak; the doubling ends there, too.
 
     Raises:
-        RankError: ``rank`` is not between 1 and ``n``.
+        RankError: ``rank`` is not between 1 and ``n``, or ``max_rank`` is below it.
         SingularError: there is no damping, and the rank of the approximation is below ``n``.
         NotPositiveDefiniteError: the Gaussian method met negative curvature.
         TagError: the operator is not tagged hermitian.
-        ArgumentError: ``damping`` is negative, or ``method`` or ``chunk`` make no sense.
+        BudgetError: ``memory`` does not hold the blocks of the rank.
+        ArgumentError: ``damping`` or ``tolerance`` is negative, or another argument makes no sense.
 
-    Cost: ``rank`` products and $O(n r^2)$ multiplications to prepare, memory of one block ``[n,
-    rank]`` (three at the peak); then $4 n r$ multiplications and one product a column.
+    Cost: ``rank`` products (times ``depth``) and $O(n r^2)$ multiplications to prepare, memory of
+    one block ``[n, rank]`` (three at the peak, times ``depth``); with a tolerance ten products more
+    for each rank tried, and five blocks. Then $4 n r$ multiplications and one product a column.
 
     Source: Hataya and Yamada, "Nystrom method for accurate and scalable implicit differentiation"
     (2023), equation 6; Frangella, Tropp and Udell, "Randomized Nystrom preconditioning" (2023),
-    equation 1.3.
+    equation 1.3 and algorithm E.2; for the block Krylov form Tropp and Webber, "Randomized
+    algorithms for low-rank matrix approximation" (2023).
 
     Example:
         >>> import torch
@@ -90,6 +105,10 @@ class Nystrom(Recipe):
     method: NystromMethod = "gaussian"
     seed: int = 0
     chunk: int | None = None
+    depth: int = 2
+    tolerance: float | None = None
+    max_rank: int | None = None
+    memory: int | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("hermitian",)
 
@@ -98,11 +117,30 @@ class Nystrom(Recipe):
             raise RankError(f"rank is {self.rank}; it must be 1 to the size of the operator")
         if not self.damping >= 0:
             raise ArgumentError(f"damping is {self.damping}; it must be >= 0")
+        check_options(
+            self.rank,
+            self.method,
+            self.depth,
+            self.tolerance,
+            self.max_rank,
+            self.memory,
+            self.chunk,
+        )
 
     def _prepare(self, A: LinearOperator) -> NystromState:
         H, shift = split_shift(A)
         generator = torch.Generator(A.device).manual_seed(self.seed)
-        factor = nystrom(H, self.rank, method=self.method, chunk=self.chunk, generator=generator)
+        factor = nystrom(
+            H,
+            self.rank,
+            method=self.method,
+            depth=self.depth,
+            tolerance=self.tolerance,
+            max_rank=self.max_rank,
+            memory=self.memory,
+            chunk=self.chunk,
+            generator=generator,
+        )
         return NystromState.of(self, A, factor.products, factor=factor, shift=shift)
 
     def as_preconditioner(self, A: LinearOperator, state: State) -> PartialEigen:
@@ -117,7 +155,8 @@ class Nystrom(Recipe):
     def _run(self, problem: Problem, state: NystromState) -> Outcome:
         X, R = problem.start()
         X = X + self._apply(problem.A, state, R)
-        return Outcome(X, [SolveStatus.completed] * problem.width)
+        info = {"rank": state.factor.basis.shape[1], "error": state.factor.error}
+        return Outcome(X, [SolveStatus.completed] * problem.width, info=info)
 
 
 def _shift(A: LinearOperator, state: NystromState) -> float:
