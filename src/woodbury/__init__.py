@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     )
     from woodbury.solvers import (
         CG,
+        LDL,
         LSMR,
         LSQR,
+        QR,
         Cholesky,
         Eigh,
         Neumann,
@@ -65,6 +67,8 @@ _HOME = {
     "Neumann": "solvers",
     "Nystrom": "solvers",
     "Objective": "curvature",
+    "LDL": "solvers",
+    "QR": "solvers",
     "Solution": "solvers",
     "SolveStatus": "solvers",
     "Space": "spaces",
@@ -92,8 +96,10 @@ _ROOMS = (
 
 __all__ = [
     "CG",
+    "LDL",
     "LSMR",
     "LSQR",
+    "QR",
     "BlockDiagonal",
     "Cholesky",
     "Dense",
