@@ -11,11 +11,12 @@ from torch import Tensor
 
 from woodbury.apps.clean import softmax
 from woodbury.apps.clean.kernel import KernelModel, landmarks
+from woodbury.apps.clean.label_noise import LabelNoise
 from woodbury.apps.clean.lbfgs import minimize
 from woodbury.apps.clean.linear import Logistic, LogisticHeldOut, Ridge, classwise_score
 from woodbury.apps.clean.mlp import Network
 from woodbury.apps.clean.models import Data, HeldOutScore, principal_components
-from woodbury.apps.clean.noise import LabelNoise, ResidualNoise
+from woodbury.apps.clean.noise import ResidualNoise
 from woodbury.influence.glm import push_slopes
 
 
@@ -114,7 +115,7 @@ def test_logistic_weight_hypergradient_equals_finite_differences_of_refits(
 def test_penalty_gradient_of_the_classwise_score_equals_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("woodbury.apps.clean.noise.FIT_TOLERANCE", 1e-13)
+    monkeypatch.setattr("woodbury.apps.clean.label_noise.FIT_TOLERANCE", 1e-13)
     data = make(150, 4, 3)
     model = Logistic(data)
     noise = LabelNoise.start(data.targets())

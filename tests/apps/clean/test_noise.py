@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from woodbury.apps.clean.noise import LabelNoise, ResidualNoise, _Likelihood
+from woodbury.apps.clean import label_noise
+from woodbury.apps.clean.label_noise import Changes, LabelNoise, Likelihood
+from woodbury.apps.clean.noise import ResidualNoise
 
 
 def labels(n: int, C: int, transition: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +29,8 @@ def uniform_flips(C: int, rate: float) -> Tensor:
 
 def test_posterior_is_that_of_bayes() -> None:
     transition = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64)
-    model = LabelNoise(math.log(2.0), torch.tensor([0.5, 0.0]).double(), transition.log())
+    offsets = torch.tensor([0.5, 0.0]).double()
+    model = LabelNoise(math.log(2.0), torch.zeros(2, 2).double(), offsets, transition.log())
     outputs = torch.tensor([[0.2, -0.1]], dtype=torch.float64)
     judged = model.judge(outputs, torch.tensor([1]))
     a, b = math.exp(2 * 0.2 + 0.5), math.exp(-0.2)
@@ -42,28 +45,44 @@ def test_posterior_is_that_of_bayes() -> None:
 def test_slopes_are_derivatives_of_losses() -> None:
     outputs, _, observed = labels(20, 3, uniform_flips(3, 0.2))
     trusted = torch.arange(20) % 4 == 0
-    model = LabelNoise(0.7, torch.tensor([0.1, 0.0, -0.2]).double(), uniform_flips(3, 0.2).log())
+    offsets = torch.tensor([0.1, 0.0, -0.2]).double()
+    mixing = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = LabelNoise(0.7, mixing, offsets, uniform_flips(3, 0.2).log())
     found = model.judge(outputs, observed, None, trusted).slopes
 
     leaf = outputs.clone().requires_grad_()
-    p = (math.exp(0.7) * leaf + model.offsets).softmax(1)
+    p = (math.exp(0.7) * leaf + leaf @ mixing + offsets).softmax(1)
     own = p[torch.arange(20), observed]
     seen = (p * uniform_flips(3, 0.2).mT[observed]).sum(1)
     (expected,) = torch.autograd.grad(-torch.where(trusted, own, seen).log().sum(), leaf)
     torch.testing.assert_close(found, expected)
 
 
-def test_gradient_of_the_likelihood_equals_autograd() -> None:
-    outputs, _, observed = labels(30, 3, uniform_flips(3, 0.2))
-    trusted = torch.arange(30) < 5
-    problem = _Likelihood(outputs, observed, trusted)
-    theta = torch.randn(1 + 3 + 9, dtype=torch.float64, requires_grad=True)
-    log_T = theta[4:].view(3, 3).log_softmax(1)
-    p = (theta[0].exp() * outputs + theta[1:4]).softmax(1)
-    seen = (p * log_T.exp().mT[observed]).sum(1)
-    seen = torch.where(trusted, p[torch.arange(30), observed], seen)
-    prior = 9 * torch.eye(3) + 0.5 * (1 - torch.eye(3))
-    value = -(seen.log().sum() + (prior * log_T).sum()) / 30 + 0.01 * theta[1:4].square().sum()
+@pytest.mark.parametrize("changes", ["uniform", "by class"])
+@pytest.mark.parametrize("n", [30, 120])
+def test_gradient_of_the_likelihood_equals_autograd(changes: Changes, n: int) -> None:
+    outputs, _, observed = labels(n, 3, uniform_flips(3, 0.2))
+    trusted = torch.arange(n) < 5
+    problem = Likelihood(outputs, observed, trusted, changes)
+    assert problem.mixed == (n == 120)  # 3 x 3 numbers are learned from 90 rows on
+    theta = torch.randn(sum(problem.sizes), dtype=torch.float64, requires_grad=True)
+    log_scale, offsets, parameters, mixing = theta.split(problem.sizes)
+    eye = torch.eye(3, dtype=torch.float64)
+    T = {
+        "uniform": lambda: eye * (1 - parameters.sigmoid()) + (1 - eye) * parameters.sigmoid() / 2,
+        "by class": lambda: parameters.view(3, 3).softmax(1),
+    }[changes]()
+    logits = log_scale.exp() * outputs + offsets
+    if problem.mixed:
+        logits = logits + outputs @ mixing.view(3, 3) / outputs.std()
+    p = logits.softmax(1)
+    own = p[torch.arange(n), observed]
+    seen = torch.where(trusted, own, (p * T.mT[observed]).sum(1))
+    prior = (9 * eye + 0.5 * (1 - eye)) / (30 if changes == "uniform" else 1)
+    value = -seen.log().sum() / n + 0.01 * offsets.square().sum()
+    value = value - (prior * T.log()).sum() / n
+    if problem.mixed:
+        value = value + label_noise.MIXING_RIDGE / n * mixing.square().sum()
     (expected,) = torch.autograd.grad(value, theta)
     found_value, found = problem(theta.detach())
     assert found_value == pytest.approx(value.item())
@@ -85,6 +104,39 @@ def test_transitions_are_recovered_and_errors_calibrated() -> None:
     assert error[high].mean().item() == pytest.approx(wrong[high].mean().item(), abs=0.05)
 
 
+def confusable(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of four classes, the first two of which the model can hardly tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, 4, (n,), generator=generator)
+    outputs = 4 * torch.nn.functional.one_hot(truth, 4).double()
+    outputs += torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    blurred = outputs[:, :2].mean(1, keepdim=True)
+    outputs[:, :2] = blurred + 0.2 * (outputs[:, :2] - blurred)
+    truth = torch.multinomial(outputs.softmax(1), 1, generator=generator).squeeze(1)
+    return outputs, truth, torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def test_hard_rows_are_no_wrong_labels() -> None:
+    outputs, truth, _ = confusable(3000)
+    model = LabelNoise.start(outputs).choose(outputs, truth)
+    judged = model.judge(outputs, truth)
+    assert model.changes == "uniform"
+    assert judged.error.sum() < 30
+    assert (judged.suggested == truth).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("changes", ["uniform", "by class"])
+def test_the_form_of_changes_is_chosen_and_its_rate_recovered(changes: Changes) -> None:
+    outputs, truth, chance = confusable(3000)
+    moved = (truth + 1 + (torch.arange(3000) % 3 if changes == "uniform" else 0)) % 4
+    observed = torch.where(chance < 0.15, moved, truth)
+    model = LabelNoise.start(outputs).choose(outputs, observed)
+    assert model.changes == changes
+    wrong = (truth != observed).double()
+    error = model.judge(outputs, observed).error
+    assert error.mean().item() == pytest.approx(wrong.mean().item(), abs=0.03)
+
+
 def test_few_rows_fall_back_on_the_prior() -> None:
     outputs = torch.eye(3, dtype=torch.float64)
     model = LabelNoise.start(outputs).fit(outputs, torch.arange(3))
@@ -93,7 +145,8 @@ def test_few_rows_fall_back_on_the_prior() -> None:
 
 def test_suggestion_is_another_class_where_the_label_is_probably_wrong() -> None:
     outputs = torch.tensor([[4.0, 0.0, 1.0], [0.0, 4.0, 0.0]], dtype=torch.float64)
-    model = LabelNoise(0.0, torch.zeros(3).double(), uniform_flips(3, 0.2).log())
+    zeros = torch.zeros(3, 3).double()
+    model = LabelNoise(0.0, zeros, zeros[0], uniform_flips(3, 0.2).log())
     judged = model.judge(outputs, torch.tensor([2, 1]))
     assert judged.suggested.tolist() == [0, 1]
     assert (judged.error > 0.5).tolist() == [True, False]

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from woodbury.apps.clean.checkpoint import Checkpoint, State
 from woodbury.apps.clean.kernel import KernelModel
+from woodbury.apps.clean.label_noise import LabelNoise
 from woodbury.apps.clean.linear import Logistic, Ridge
 from woodbury.apps.clean.mlp import Network
 from woodbury.apps.clean.models import Data, HeldOut, Model
-from woodbury.apps.clean.noise import Judgement, LabelNoise, NoiseModel, ResidualNoise
+from woodbury.apps.clean.noise import Judgement, NoiseModel, ResidualNoise
 from woodbury.errors import ArgumentError, BudgetError, DataError
 
 __all__ = ["EngineResult", "run"]
@@ -233,7 +234,7 @@ def _rounds(
         stage = f"round {state.round + 1}"
         report(stage, 0.0)
         held = model.fit(state.weights, _part_of(report, stage))
-        noise = _first_noise(data).fit(held.outputs, data.observed, held.variance, data.trusted)
+        noise = _first_noise(data).choose(held.outputs, data.observed, held.variance, data.trusted)
         judged = noise.judge(held.outputs, data.observed, held.variance, data.trusted)
         change = float("inf")
         if state.error is not None:

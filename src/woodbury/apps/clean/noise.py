@@ -1,6 +1,6 @@
-"""How labels go wrong: transitions between classes, or residuals of a second kind.
+"""What models of wrong labels have in common, and the one of quantities.
 
-Both are fitted to held-out predictions, so that the probability of an error is calibrated: the
+They are fitted to held-out predictions, so that the probability of an error is calibrated: the
 model never judges a label by a prediction that has seen it.
 """
 
@@ -10,22 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from woodbury.apps.clean.lbfgs import minimize
+__all__ = ["FIT_ROWS", "Judgement", "NoiseModel", "ResidualNoise"]
 
-__all__ = ["Judgement", "LabelNoise", "NoiseModel", "ResidualNoise"]
-
-# Pseudo-counts that hold each row of the transition matrix: 9 labels kept, 1 changed anyhow.
-PRIOR_KEPT, PRIOR_CHANGED = 9.0, 1.0
-BIAS_RIDGE = 1e-2
 # The noise model has few parameters; more rows than this do not make it better.
 FIT_ROWS = 20_000
-FIT_STEPS = 200
-# In nats a row.
-FIT_TOLERANCE = 1e-6
 # Tails of the residuals of right quantities that are tried.
 FREEDOMS = (2.5, 4.0, 8.0, 30.0)
 # In robust deviations of the target: quantities that are predicted to this are not told apart.
@@ -43,6 +34,7 @@ class Judgement:
         slopes: derivative of ``losses`` in the held-out predictions, ``[n, C]``.
         suggested: most probable class, or the held-out prediction, ``[n]``.
         probabilities: calibrated probability of each class by the other rows, ``[n, C]``, or None.
+        posterior: the same once the label has been seen, ``[n, C]``, or None.
     """
 
     error: Tensor
@@ -50,6 +42,7 @@ class Judgement:
     slopes: Tensor
     suggested: Tensor
     probabilities: Tensor | None
+    posterior: Tensor | None = None
 
 
 class NoiseModel(Protocol):
@@ -61,6 +54,12 @@ class NoiseModel(Protocol):
         """Fit again, from these parameters."""
         ...
 
+    def choose(
+        self, outputs: Tensor, observed: Tensor, variance: Tensor | None, trusted: Tensor | None
+    ) -> NoiseModel:
+        """Fit, and choose among forms of noise by the evidence."""
+        ...
+
     def judge(
         self, outputs: Tensor, observed: Tensor, variance: Tensor | None, trusted: Tensor | None
     ) -> Judgement:
@@ -70,140 +69,6 @@ class NoiseModel(Protocol):
     def certificate(self) -> dict[str, object]:
         """The parameters, in plain numbers."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class LabelNoise:
-    r"""$p(o \mid x) = \sum_y \mathrm{softmax}(\beta z_{-i}(x) + c)_y\, T_{yo}$.
-
-    Scale $\beta$, offsets $c$ and transition matrix $T$ maximise the likelihood of the observed
-    labels $o$ (with pseudo-counts on $T$); a trusted row counts with $T = I$. The probability of an
-    error is $1 - P(y = o \mid x, o)$.
-
-    Attributes:
-        log_scale: $\log\beta$.
-        offsets: $c$, ``[C]``.
-        log_transition: $\log T$, ``[C, C]``.
-    """
-
-    log_scale: float
-    offsets: Tensor
-    log_transition: Tensor
-
-    @classmethod
-    def start(cls, outputs: Tensor) -> LabelNoise:
-        """Nine labels in ten right, and a scale that suits the spread of the outputs."""
-        C = outputs.shape[1]
-        keep = torch.eye(C, dtype=torch.float64)
-        prior = PRIOR_KEPT * keep + PRIOR_CHANGED * (1 - keep) / max(1, C - 1)
-        transition = prior / prior.sum(1, keepdim=True)
-        scale = float(np.log(2.0 / max(outputs.std().item(), 1e-12)))
-        return cls(scale, torch.zeros(C, dtype=torch.float64), transition.log())
-
-    def fit(
-        self,
-        outputs: Tensor,
-        observed: Tensor,
-        variance: Tensor | None = None,
-        trusted: Tensor | None = None,
-    ) -> LabelNoise:
-        """Maximise the likelihood by L-BFGS, from the parameters this model has.
-
-        Args:
-            outputs: held-out logits ``[n, C]``.
-            observed: labels ``[n]``.
-            variance: not used.
-            trusted: rows whose label is right, bool ``[n]``.
-        """
-        problem = _Likelihood(*_sample(outputs, observed, trusted))
-        C = outputs.shape[1]
-        scale = torch.tensor([self.log_scale], dtype=torch.float64)
-        start = torch.cat([scale, self.offsets, self.log_transition.flatten()])
-        found = minimize(problem, start, max_steps=FIT_STEPS, tolerance=FIT_TOLERANCE).place
-        transition = found[1 + C :].view(C, C).log_softmax(1)
-        return LabelNoise(found[0].item(), found[1 : 1 + C].clone(), transition)
-
-    def judge(
-        self,
-        outputs: Tensor,
-        observed: Tensor,
-        variance: Tensor | None = None,
-        trusted: Tensor | None = None,
-    ) -> Judgement:
-        """Judge rows; arguments as for :meth:`fit`."""
-        scale = float(np.exp(self.log_scale))
-        log_p = (scale * outputs.double() + self.offsets).log_softmax(1)
-        joint = log_p + _log_channel(self.log_transition, observed, trusted)
-        total = joint.logsumexp(1)
-        posterior = (joint - total[:, None]).exp()
-        p = log_p.exp()
-        keep = posterior.gather(1, observed[:, None]).squeeze(1)
-        error = (1 - keep).clamp(0, 1)
-        suggested = torch.where(error > 0.5, _other(posterior, observed), observed)
-        return Judgement(error, -total, scale * (p - posterior), suggested, p)
-
-    def certificate(self) -> dict[str, object]:
-        """Scale of the logits and the share of labels kept, by class."""
-        return {
-            "logit_scale": float(np.exp(self.log_scale)),
-            "labels_kept_by_class": self.log_transition.diagonal().exp().tolist(),
-        }
-
-
-def _other(posterior: Tensor, observed: Tensor) -> Tensor:
-    """The most probable class that is not the observed one."""
-    return posterior.scatter(1, observed[:, None], -1.0).argmax(1)
-
-
-def _sample(
-    outputs: Tensor, observed: Tensor, trusted: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    step = max(1, -(-len(observed) // FIT_ROWS))
-    rows = slice(None, None, step)
-    return outputs[rows].double(), observed[rows], None if trusted is None else trusted[rows]
-
-
-def _log_channel(log_transition: Tensor, observed: Tensor, trusted: Tensor | None) -> Tensor:
-    r"""$\log T_{yo}$ of each row, ``[n, C]``; $\log I$ where the label is known to be right."""
-    channel = log_transition.mT[observed]
-    if trusted is None or not bool(trusted.any()):
-        return channel
-    own = torch.nn.functional.one_hot(observed, len(log_transition)).bool()
-    known = torch.where(own, 0.0, -torch.inf).to(channel.dtype)
-    return torch.where(trusted[:, None], known, channel)
-
-
-class _Likelihood:
-    """Mean penalised negative log-likelihood and its gradient, of a flat vector."""
-
-    def __init__(self, outputs: Tensor, observed: Tensor, trusted: Tensor | None) -> None:
-        self.z, self.observed, self.trusted = outputs, observed, trusted
-        self.count, self.C = outputs.shape
-        doubtful = torch.ones(self.count, dtype=torch.float64)
-        self.doubtful = doubtful if trusted is None else doubtful * ~trusted
-        keep = torch.eye(self.C, dtype=torch.float64)
-        self.prior = PRIOR_KEPT * keep + PRIOR_CHANGED * (1 - keep) / max(1, self.C - 1)
-
-    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
-        C, m = self.C, self.count
-        scale, offsets = theta[0].exp(), theta[1 : 1 + C]
-        log_T = theta[1 + C :].view(C, C).log_softmax(1)
-        log_p = (scale * self.z + offsets).log_softmax(1)
-        joint = log_p + _log_channel(log_T, self.observed, self.trusted)
-        total = joint.logsumexp(1)
-        posterior = (joint - total[:, None]).exp()
-        pull = log_p.exp() - posterior
-        counts = torch.zeros(C, C, dtype=torch.float64)
-        counts.index_add_(0, self.observed, posterior * self.doubtful[:, None])
-        counts = counts.mT + self.prior
-        value = -total.sum() - (self.prior * log_T).sum()
-        value = value / m + BIAS_RIDGE * offsets.square().sum()
-        slopes = [
-            (scale * (pull * self.z).sum() / m).reshape(1),
-            pull.sum(0) / m + 2 * BIAS_RIDGE * offsets,
-            ((log_T.exp() * counts.sum(1, keepdim=True) - counts) / m).flatten(),
-        ]
-        return value.item(), torch.cat(slopes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +106,8 @@ class ResidualNoise:
             doubtful = doubtful * ~trusted[::step]
         found = [_expect(gaps, roots, doubtful, freedom) for freedom in FREEDOMS]
         return max(found, key=lambda model: model._log_likelihood(gaps, roots))
+
+    choose = fit
 
     def _parts(self, gaps: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of both components at residuals ``[n]``."""

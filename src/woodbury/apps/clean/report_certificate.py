@@ -62,6 +62,16 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "penalty": (FIT, "penalty", "holds the fit back from following single rows; tuned"),
     "lengthscale": (FIT, "length scale", "how far similarity between rows reaches; tuned"),
     "noise.logit_scale": (FIT, "scale of confidence", "makes the probabilities honest; fitted"),
+    "noise.confusion": (
+        FIT,
+        "confusion between classes",
+        "mixing: the model confuses some classes, and is corrected for it",
+    ),
+    "noise.changes": (
+        FIT,
+        "how labels were changed",
+        "uniform: to any other class alike; by class: each class to others in its own way",
+    ),
     "noise.residual_deviation": (
         FIT,
         "usual deviation",
