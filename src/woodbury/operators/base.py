@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class LinearOperator:
     - ``_matmat(X)``: ``A @ X`` for ``X`` of shape ``[n, k]``. Required.
     - ``_matvec(x)``: ``A @ x`` for one vector ``[n]``, where that is faster than a block of one.
     - ``_rmatmat(Y)``: ``A^H @ Y`` for ``Y`` of shape ``[m, k]``. Default: ``_matmat`` if hermitian.
-    - ``_to_dense()``, ``_diagonal()``: default by products.
+    - ``_to_dense()``, ``_diagonal()``: default by products, in blocks.
     - ``_trace()``, ``_logdet()``, ``_inverse()``, ``_transpose()`` (``A.T`` as an operator),
       ``_adjoint()`` (``A.H``, asked for complex dtypes only), ``_scale(c)``, ``_add(other)``,
       ``_compose(other)``: structural forms, ``None`` where there is none.
@@ -79,6 +79,12 @@ class LinearOperator:
     # What this operator was made from as ``A.T`` or ``A.H``, so that transposing twice gives ``A``.
     _transpose_of: LinearOperator | None = None
     _adjoint_of: LinearOperator | None = None
+
+    # Attributes that hold all that products depend on: tensors, operators, tuples of either; None
+    # where a class does not say. Said for the class itself, not for those derived from it.
+    _made_of: ClassVar[tuple[str, ...] | None] = None
+    # Attributes that are computed from those and must be None in a copy with others.
+    _forgets: ClassVar[tuple[str, ...]] = ()
 
     # numpy must not try to broadcast ``array @ operator`` element by element.
     __array_ufunc__ = None
@@ -128,10 +134,14 @@ class LinearOperator:
             "'hermitian' if it equals its transpose"
         )
 
-    def _to_dense(self) -> Tensor:
+    def _block_width(self) -> int:
+        """How many columns of the matrix make a block of reasonable size."""
         rows, columns = self.shape
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        width = max(1, min(columns, _DENSE_BLOCK_BYTES // max(1, itemsize * max(rows, columns, 1))))
+        size = self.dtype.itemsize * max(rows, columns, 1)
+        return max(1, min(columns, _DENSE_BLOCK_BYTES // size))
+
+    def _to_dense(self) -> Tensor:
+        columns, width = self.shape[1], self._block_width()
         if columns == 0:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         blocks = []
@@ -143,7 +153,14 @@ class LinearOperator:
         return torch.cat(blocks, dim=1)
 
     def _diagonal(self) -> Tensor:
-        return torch.diagonal(self._to_dense()).clone()
+        if type(self)._to_dense is not LinearOperator._to_dense:
+            return torch.diagonal(self._to_dense()).clone()
+        index = torch.arange(self.shape[1], device=self.device)
+        if len(index) == 0:
+            return index.to(self.dtype)
+        # One block of columns at a time is in memory.
+        parts = index.split(self._block_width())
+        return torch.cat([self._columns(part)[part].diagonal() for part in parts])
 
     def _trace(self) -> Tensor | None:
         return None

@@ -51,6 +51,8 @@ class BlockDiagonal(LinearOperator):
         tensor([1., 1., 1.])
     """
 
+    _made_of = ("stack", "_blocks")
+
     stack: Tensor | None = None
     _blocks: tuple[LinearOperator, ...] | None = None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from woodbury.errors import DtypeError, ShapeError, TagError
 from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import is_batched
 from woodbury.operators.factorization import Factorization, factorize
 from woodbury.operators.tags import Tags, inverse_tags, transposed_tags
 from woodbury.spaces import Space
@@ -46,6 +47,9 @@ class Dense(LinearOperator):
         >>> A.logdet()
         tensor(2.3979)
     """
+
+    _made_of = ("matrix",)
+    _forgets = ("_kept",)
 
     def __init__(
         self, matrix: Tensor, *, tags: Iterable[str] = (), space: Space | None = None
@@ -181,7 +185,7 @@ class DenseInverse(LinearOperator):
 
 def verify_tags(matrix: Tensor, tags: Tags) -> None:
     """Raise :class:`TagError` where a tag is plainly not true of ``[..., n, n]``; see Dense."""
-    if not tags or matrix.numel() == 0:
+    if not tags or matrix.numel() == 0 or is_batched(matrix):
         return
     tolerance = torch.finfo(matrix.dtype).eps ** 0.75 * matrix.abs().max()
     for tag, difference in _DIFFERENCES.items():

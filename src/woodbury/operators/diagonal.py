@@ -9,6 +9,7 @@ from torch import Tensor
 
 from woodbury.errors import NonFiniteError, ShapeError, SingularError, TagError
 from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import is_batched
 from woodbury.operators.identity import multiple_of_identity
 from woodbury.operators.tags import inverse_tags, scaled_tags, sum_tags, transposed_tags
 from woodbury.spaces import Space
@@ -40,6 +41,8 @@ class Diagonal(LinearOperator):
         tensor(1.3863)
     """
 
+    _made_of = ("values",)
+
     def __init__(
         self, values: Tensor, *, tags: Iterable[str] = (), space: Space | None = None
     ) -> None:
@@ -65,6 +68,8 @@ class Diagonal(LinearOperator):
         return self
 
     def _verify_tags(self) -> None:
+        if is_batched(self.values):
+            return
         for tag, contradicts in _CONTRADICTIONS.items():
             if tag not in self.tags or (tag == "hermitian" and not self.dtype.is_complex):
                 continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from woodbury.errors import DtypeError
 
-__all__ = ["precise", "real_dtype", "require_dtype", "working_dtype"]
+__all__ = ["is_batched", "precise", "real_dtype", "require_dtype", "working_dtype"]
 
 _DTYPES = (
     torch.float16,
@@ -41,3 +41,12 @@ def precise(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps":
         return tensor.to(torch.complex64 if tensor.dtype.is_complex else torch.float32)
     return tensor.to(torch.complex128 if tensor.dtype.is_complex else torch.float64)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for a batch inside ``torch.func.vmap``: no value can be looked at."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

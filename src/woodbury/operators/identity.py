@@ -39,6 +39,8 @@ class Identity(LinearOperator):
         tensor(2.0794)
     """
 
+    _made_of = ()
+
     def __init__(
         self,
         n: int,

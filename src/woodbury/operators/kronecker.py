@@ -55,6 +55,8 @@ class Kronecker(LinearOperator):
         tensor(1.3863)
     """
 
+    _made_of = ("factors",)
+
     def __init__(
         self,
         *factors: Tensor | LinearOperator,

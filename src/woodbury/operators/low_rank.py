@@ -45,6 +45,8 @@ class LowRank(LinearOperator):
         tensor([0.1667, 0.1667, 0.1667, 0.1667])
     """
 
+    _made_of = ("U", "C", "V")
+
     def __init__(
         self,
         U: Tensor,

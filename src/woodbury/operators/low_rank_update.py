@@ -58,6 +58,8 @@ class LowRankUpdate(LinearOperator):
         tensor(3.0910)
     """
 
+    _made_of = ("base", "low_rank")
+
     def __init__(
         self, base: LinearOperator, low_rank: LowRank, *, tags: Iterable[str] = ()
     ) -> None:

@@ -37,6 +37,8 @@ class Product(LinearOperator):
         (tensor([3., 1., 2.]), True)
     """
 
+    _made_of = ("factors",)
+
     def __init__(self, factors: Sequence[LinearOperator], *, tags: Iterable[str] = ()) -> None:
         first, last = factors[0], factors[-1]
         super().__init__(

@@ -32,6 +32,8 @@ class Scaled(LinearOperator):
         tensor([-2., -4., -6.])
     """
 
+    _made_of = ("factor", "operator")
+
     def __init__(self, factor: complex | Tensor, operator: LinearOperator) -> None:
         super().__init__(
             operator.shape,

@@ -50,6 +50,8 @@ class ShiftedKronecker(LinearOperator):
         tensor(5.7683)
     """
 
+    _made_of = ("kronecker", "shift", "_multiple")
+
     def __init__(self, kronecker: Kronecker, shift: complex | Tensor) -> None:
         loose = [i for i, factor in enumerate(kronecker.factors) if "hermitian" not in factor.tags]
         if loose:

@@ -13,6 +13,7 @@ from woodbury.errors import DtypeError, ShapeError, StructureError, TagError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.diagonal import Diagonal
 from woodbury.operators.identity import multiple_of_identity
+from woodbury.operators.parts import transforms_active
 from woodbury.operators.tags import scaled_tags, sum_tags
 from woodbury.spaces import Space
 
@@ -58,6 +59,9 @@ class Sparse(LinearOperator):
         >>> A.solve(torch.ones(3, dtype=torch.float64))
         tensor([1.5000, 2.0000, 1.5000], dtype=torch.float64)
     """
+
+    _made_of = ("values", "rows", "column_indices")
+    _forgets = ("_matrix", "_matrix_adjoint")
 
     def __init__(
         self, matrix: Any, *, tags: Iterable[str] = (), space: Space | None = None
@@ -128,11 +132,23 @@ class Sparse(LinearOperator):
         return self._product_with_gradient(Y, adjoint=True)
 
     def _product_with_gradient(self, X: Tensor, *, adjoint: bool) -> Tensor:
+        if transforms_active():
+            return self._gathered_product(X, adjoint=adjoint)
         if torch.is_grad_enabled() and (X.requires_grad or self.values.requires_grad):
             result = _SparseProduct.apply(self.values, X, self, adjoint)
             assert isinstance(result, Tensor)
             return result
         return self._raw_product(X, adjoint=adjoint)
+
+    def _gathered_product(self, X: Tensor, *, adjoint: bool) -> Tensor:
+        """By plain tensor operations, which torch.func can transform."""
+        outer, inner, values = self.rows, self.column_indices, self.values
+        if adjoint:
+            outer, inner, values = inner, outer, values.conj()
+        scaled = (values if X.dim() == 1 else values.unsqueeze(1)) * X[inner]
+        size = self.shape[1] if adjoint else self.shape[0]
+        nothing = torch.zeros(size, *X.shape[1:], dtype=self.dtype, device=self.device)
+        return nothing.index_add(0, outer, scaled)
 
     def _raw_product(self, X: Tensor, *, adjoint: bool) -> Tensor:
         if adjoint and "hermitian" in self.tags:

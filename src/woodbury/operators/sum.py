@@ -32,6 +32,8 @@ class Sum(LinearOperator):
         tensor([2., 1., 0.])
     """
 
+    _made_of = ("terms",)
+
     def __init__(self, terms: Sequence[LinearOperator]) -> None:
         first = terms[0]
         common = first.tags

@@ -39,6 +39,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from woodbury.errors import TagError
+from woodbury.operators.dtypes import is_batched
 
 __all__ = ["TAGS", "Tags", "close", "inverse_tags", "scaled_tags", "sum_tags", "transposed_tags"]
 
@@ -110,9 +111,11 @@ def sum_tags(left: Tags, right: Tags) -> Tags:
 
 
 def scaled_tags(tags: Tags, factor: complex | Tensor) -> Tags:
-    """Tags of ``c * A``."""
-    number = complex(factor.item() if isinstance(factor, Tensor) else factor)
+    """Tags of ``c * A``; those that no ``c`` takes away where it is a batch of numbers (vmap)."""
     kept = tags & {"symmetric", "diagonal", "lower_triangular", "upper_triangular"}
+    if isinstance(factor, Tensor) and is_batched(factor):
+        return kept if factor.is_complex() else kept | (tags & {"hermitian"})
+    number = complex(factor.item() if isinstance(factor, Tensor) else factor)
     if number.imag == 0:
         kept |= tags & {"hermitian"}
         if number.real > 0:

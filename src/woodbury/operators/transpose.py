@@ -47,6 +47,8 @@ class Transpose(_Flipped):
         tensor([2., 3., 1.])
     """
 
+    _made_of = ("operator",)
+
     def _matmat(self, X: Tensor) -> Tensor:
         return _conjugated(self.operator._rmatmat, X)
 
@@ -81,6 +83,8 @@ class Adjoint(_Flipped):
         >>> turn.H @ torch.ones(2, dtype=complex64)
         tensor([0.-1.j, 0.-1.j])
     """
+
+    _made_of = ("operator",)
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.operator._rmatmat(X)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from woodbury.operators.base import LinearOperator
+from woodbury.operators.parts import transforms_active
 from woodbury.operators.tags import Tags, inverse_tags
 from woodbury.solvers.solution import SolveReport
 
@@ -32,7 +33,8 @@ class InverseOperator(LinearOperator):
     Attributes:
         operator: ``A``.
         recipe: how it solves.
-        state: what was prepared once, for all products.
+        state: what was prepared once, for all products; ``None`` inside a transform of
+            ``torch.func``, where each product prepares for itself.
         report: what the solves did; ``report.last`` is the last :class:`~woodbury.Solution`.
 
     Example:
@@ -44,11 +46,14 @@ class InverseOperator(LinearOperator):
                 [-0.2000,  0.4000]])
     """
 
+    _made_of = ("operator",)
+    _forgets = ("state", "_adjoint_state")
+
     def __init__(
         self,
         operator: LinearOperator,
         recipe: Recipe,
-        state: State,
+        state: State | None,
         on_failure: OnFailure,
         report: SolveReport,
     ) -> None:
@@ -71,11 +76,12 @@ class InverseOperator(LinearOperator):
         return self._solve(self.operator, X, self.state)
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
-        if self._adjoint_state is None:
-            self._adjoint_state = self.recipe.adjoint_state(self.operator, self.state)
+        if self._adjoint_state is None and self.state is not None:
+            with torch.no_grad():
+                self._adjoint_state = self.recipe.adjoint_state(self.operator, self.state)
         return self._solve(self.operator.H, Y, self._adjoint_state)
 
-    def _solve(self, A: LinearOperator, B: Tensor, state: State) -> Tensor:
+    def _solve(self, A: LinearOperator, B: Tensor, state: State | None) -> Tensor:
         from woodbury.solvers.solve import solve_with_policy
 
         return solve_with_policy(
@@ -151,7 +157,7 @@ def inverse(
     rectangular operators too: ``[n, m]``, with the adjoint $(A^H)^+$.
 
     What the recipe prepares (a factor, a sketch) is prepared here, once, and used for all products.
-    Products are differentiable with respect to what they are multiplied with.
+    Products are differentiable as :func:`~woodbury.solve` is.
 
     Args:
         A: operator ``[m, n]``; square unless the recipe solves least squares.
@@ -196,7 +202,8 @@ def inverse(
     if recipe is None:
         recipe = default_recipe(A) if state is None else state.recipe
     recipe.check(A)
-    if state is None:
+    # Inside a transform there are no plain numbers to prepare from; each solve prepares then.
+    if state is None and not transforms_active():
         with torch.no_grad():
             state = recipe.prepare(A)
     return InverseOperator(A, recipe, state, on_failure, report or SolveReport())

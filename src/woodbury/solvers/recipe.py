@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from woodbury.errors import GradientError, ShapeError, TagError
+from woodbury.errors import ShapeError, TagError
 from woodbury.solvers.columns import norms, width
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
+    from woodbury.solvers.pullback import Watch
     from woodbury.solvers.solution import SolveStatus
 
 __all__ = ["Outcome", "Problem", "Progress", "Recipe", "State", "work_dtype"]
@@ -153,7 +154,7 @@ class Problem:
     b: Tensor
     x0: Tensor | None = None
     scales: Sequence[float] = (1.0,)
-    watch_gradient: bool = False
+    watch: Watch | None = None
     progress: Progress | None = None
     history: list[list[float]] | None = None
     products: int = 0
@@ -179,7 +180,7 @@ class Problem:
 
     def product(self, X: Tensor) -> Tensor:
         """``A @ X``, counted; half-precision products of a float32 block."""
-        if X.dim() == 1 and X.dtype == self.A.dtype and not self.watch_gradient:
+        if X.dim() == 1 and X.dtype == self.A.dtype and self.watch is None:
             self.products += 1
             return self.A._matvec(X)
         return self._multiply(self.A._matmat, X)
@@ -194,17 +195,9 @@ class Problem:
         block = X.unsqueeze(1) if X.dim() == 1 else X
         if X.dtype != self.A.dtype:
             block = block.to(self.A.dtype)
-        if self.watch_gradient:
-            self.watch_gradient = False
-            with torch.enable_grad():
-                Y = hook(block)
-            if Y.requires_grad:
-                raise GradientError(
-                    f"the products of {type(self.A).__name__} carry a gradient, and solve() has "
-                    "none with respect to the operator yet: call it under torch.no_grad(), or "
-                    "detach the tensors that the operator is made of"
-                )
-            Y = Y.detach()
+        if self.watch is not None:
+            watch, self.watch = self.watch, None
+            Y = watch.product(hook, block)
         else:
             Y = hook(block)
         if X.dtype != self.A.dtype:

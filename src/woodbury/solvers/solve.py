@@ -21,6 +21,8 @@ from woodbury.operators.base import LinearOperator
 from woodbury.solvers.checks import check_state, check_system, largest_entries
 from woodbury.solvers.columns import norms
 from woodbury.solvers.default import default_recipe
+from woodbury.solvers.differentiate import Related, System
+from woodbury.solvers.pullback import Watch
 from woodbury.solvers.recipe import Outcome, Problem, Progress, Recipe, State, work_dtype
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
 
@@ -57,8 +59,15 @@ def solve(
 ) -> Solution:
     r"""Solve $A x = b$ and say how well: $\|b - A x\| / \|b\|$ is recomputed for every answer.
 
-    The value is differentiable with respect to ``b``, to any order: the backward pass solves with
-    ``A.H`` by the same recipe and state. There, too, a failure raises (``throw=True``) or warns.
+    The value is differentiable with respect to ``b`` and to all tensors that ``A`` is made of or
+    closes over, to any order: a backward pass solves once with ``A.H``, by the same recipe and
+    state (twice more for least squares), and a failure there raises (``throw=True``) or warns. So
+    it is in ``torch.func`` (``grad``, ``jacrev``, ``jvp``, ``jacfwd``, ``hessian``; not in forward
+    mode twice, which torch cannot). Under ``vmap`` right-hand sides become columns of one block;
+    where tensors of ``A`` are batched, each sample is solved for itself. The status is then the
+    worst of the batch. The gradient is that of the exact solution: of a recipe that only comes near
+    it, as ``Nystrom`` of low rank or ``Neumann``, it is as near. Products of curvature operators
+    are constant in the parameters of the model.
 
     A recipe for least squares (``LSMR``, ``LSQR``, ``QR``) returns the minimiser of
     $\|b - A x\|$ of smallest norm, which is what was asked of it: the status is ``converged`` where
@@ -93,8 +102,9 @@ def solve(
         DtypeError: dtypes do not match; nothing is promoted.
         DeviceError: devices do not match.
         TagError: the recipe relies on a tag that the operator does not have.
-        GradientError: a gradient is asked for that does not exist: with respect to ``x0``, or to
-            tensors that the operator is made of.
+        GradientError: a gradient is asked for that does not exist (with respect to ``x0``), or
+            that cannot be had: products use tensors with a gradient in a custom
+            ``autograd.Function``, in a graph made before or in a transform of their own.
 
     Cost: that of the recipe, and one product for the residual where the recipe has not taken it.
 
@@ -132,6 +142,7 @@ def solve_with_policy(
     history: bool = False,
     progress: Progress | None = None,
     report: SolveReport | None = None,
+    related: Related | None = None,
 ) -> Solution:
     """:func:`solve`, with one policy for its own failure and one for those of backward passes."""
     check_system(A, b, x0)
@@ -140,61 +151,36 @@ def solve_with_policy(
     recipe.check(A)
     if state is not None:
         check_state(state, recipe, A)
-    watched = torch.is_grad_enabled()
-    wants_gradient = watched and b.requires_grad
-    with torch.no_grad():
-        solution = _solve_block(
-            A,
-            b.detach(),
-            recipe,
-            x0,
-            state,
-            on_failure,
-            _Watch(watched, history, progress),
-        )
-    if report is not None:
-        report.add(solution)
-    solution = _apply_policy(solution, on_failure)
-    if not wants_gradient:
-        return solution
 
-    def pull_back(g: Tensor) -> Tensor:
-        # With grad mode on inside a backward pass (create_graph) this solve is differentiable too.
-        adjoint_state = None
-        if solution.state is not None:
-            adjoint_state = recipe.adjoint_state(A, solution.state)
+    def run(
+        A: LinearOperator,
+        b: Tensor,
+        recipe: Recipe,
+        x0: Tensor | None,
+        state: State | None,
+        watch: Watch | None,
+    ) -> Solution:
+        asked = _Asked(watch, history, progress)
+        with torch.no_grad():
+            solution = _solve_block(A, b, recipe, x0, state, on_failure, asked)
+        if report is not None:
+            report.add(solution)
+        return _apply_policy(solution, on_failure)
+
+    def again(A: LinearOperator, b: Tensor, recipe: Recipe, related: Related) -> Tensor:
+        # With grad mode on inside a backward pass (create_graph) this is differentiable too.
         return solve_with_policy(
-            A.H,
-            g.resolve_conj(),
-            recipe,
-            state=adjoint_state,
-            on_failure=backward,
-            backward=backward,
-            report=report,
+            A, b, recipe, on_failure=backward, backward=backward, report=report, related=related
         ).value
 
-    value: Tensor = _WithGradient.apply(b, solution.value, pull_back)
-    return replace(solution, value=value)
+    return System(A, recipe, run, again, state=state, related=related).solve(b, x0)
 
 
-class _Watch:
+class _Asked:
     """What a solve is asked to do besides solving."""
 
-    def __init__(self, gradient: bool, history: bool, progress: Progress | None) -> None:
-        self.gradient, self.history, self.progress = gradient, history, progress
-
-
-class _WithGradient(torch.autograd.Function):
-    """``value`` as a linear function of ``b`` whose adjoint is ``pull_back``."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, value: Tensor, pull_back: Any) -> Tensor:
-        ctx.pull_back = pull_back
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pull_back(grads[0].contiguous()), None, None
+    def __init__(self, watch: Watch | None, history: bool, progress: Progress | None) -> None:
+        self.watch, self.history, self.progress = watch, history, progress
 
 
 def _solve_block(
@@ -204,7 +190,7 @@ def _solve_block(
     x0: Tensor | None,
     state: State | None,
     on_failure: OnFailure,
-    watch: _Watch,
+    asked: _Asked,
 ) -> Solution:
     block = b.dim() == 2
     B = b if block else b.unsqueeze(1)
@@ -222,7 +208,7 @@ def _solve_block(
     outcome = Outcome(value, statuses)
     products, history = 0, None
     if active:
-        problem = _problem(A, B, X0, active, largest, work, watch)
+        problem = _problem(A, B, X0, active, largest, work, asked)
         try:
             if state is None:
                 state = recipe.prepare(A)
@@ -245,7 +231,7 @@ def _solve_block(
         products = problem.products
         state = outcome.state or state
         history = _history(problem, active, k)
-    elif watch.history:
+    elif asked.history:
         history = torch.zeros(1, k, dtype=torch.float64)
     value = value.to(A.dtype)
     if history is not None and not block:
@@ -286,7 +272,7 @@ def _problem(
     active: Sequence[int],
     largest: Sequence[float],
     work: torch.dtype,
-    watch: _Watch,
+    asked: _Asked,
 ) -> Problem:
     """The columns that are not zero, scaled where their squares would leave the dtype's range."""
     if len(active) < B.shape[1]:
@@ -311,9 +297,9 @@ def _problem(
         B.contiguous(),
         None if X0 is None else X0.contiguous(),
         scales=scales,
-        watch_gradient=watch.gradient,
-        progress=watch.progress,
-        history=[] if watch.history else None,
+        watch=asked.watch,
+        progress=asked.progress,
+        history=[] if asked.history else None,
     )
 
 
@@ -372,7 +358,7 @@ def _apply_policy(solution: Solution, on_failure: OnFailure) -> Solution:
     if on_failure == "raise":
         raise SolveError(solution.message(), solution)
     if on_failure == "warn":
-        warnings.warn(solution.message(), SolveWarning, stacklevel=5)
+        warnings.warn(solution.message(), SolveWarning, stacklevel=8)
         return solution
     bad = (
         torch.ones((), dtype=torch.bool)
