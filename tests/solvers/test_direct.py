@@ -11,8 +11,9 @@ from tests.solvers.systems import DTYPES, definite, random, with_spectrum
 from woodbury import Cholesky, Dense, Eigh, FunctionOperator, solve
 from woodbury.errors import ArgumentError, BudgetError, NonFiniteError, TagError
 from woodbury.operators import memory
+from woodbury.operators.factorization import reciprocal_condition
 from woodbury.solvers import LU
-from woodbury.solvers.direct import form, reciprocal_condition
+from woodbury.solvers.direct import form
 
 F64 = torch.float64
 

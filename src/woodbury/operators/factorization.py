@@ -11,6 +11,7 @@ One place decides how a dense matrix is factorised and when it counts as singula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ __all__ = [
     "Factorization",
     "factorize",
     "norm_of_inverse",
+    "reciprocal_condition",
     "require_finite",
     "working_dtype",
 ]
@@ -158,6 +160,24 @@ def _reciprocal_condition(matrix: Tensor, factorization: Factorization) -> Tenso
         matrix.device,
     )
     return 1 / (matrix.abs().sum(-2).amax(-1) * inverse_norm)
+
+
+def reciprocal_condition(
+    matrix_norm: float, solve: Callable[[Tensor, bool], Tensor], like: Tensor
+) -> float:
+    """``1 / (||A||_1 ||A^-1||_1)`` from a few solves, an estimate from above.
+
+    Args:
+        matrix_norm: ``||A||_1``.
+        solve: ``(B, adjoint) -> A^-1 B`` or ``A^-H B`` for ``[n, 1]``.
+        like: tensor ``[n, ...]`` of the dtype and device of the solves.
+    """
+    n = like.shape[0]
+    if n == 0 or matrix_norm == 0:
+        return 1.0 if n == 0 else 0.0
+    inverse_norm = norm_of_inverse(solve, torch.Size([n]), like.dtype, like.device).item()
+    rcond = 1 / (matrix_norm * inverse_norm) if inverse_norm > 0 else 0.0
+    return rcond if math.isfinite(rcond) else 0.0
 
 
 def norm_of_inverse(

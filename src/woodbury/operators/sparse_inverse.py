@@ -10,8 +10,9 @@ from torch import Tensor
 from woodbury.errors import GradientError, NotPositiveDefiniteError, SingularError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.dtypes import precise, real_dtype
-from woodbury.operators.factorization import norm_of_inverse, require_finite
+from woodbury.operators.factorization import require_finite
 from woodbury.operators.sparse import Sparse, entries
+from woodbury.operators.superlu import has_positive_pivots, sparse_condition, superlu
 from woodbury.operators.tags import inverse_tags
 
 __all__ = ["SparseInverse"]
@@ -104,48 +105,21 @@ class _SparseSolve(torch.autograd.Function):
 
 
 def _factorize(operator: Sparse) -> Any:
-    from scipy.sparse.linalg import splu
-
     require_finite(operator.values, "the sparse matrix")
     matrix = operator.to_scipy_sparse().astype(
         "complex128" if operator.dtype.is_complex else "float64"
     )
     definite = "positive_definite" in operator.tags
-    options: dict[str, Any] = {}
-    if definite:
-        options = {
-            "permc_spec": "MMD_AT_PLUS_A",
-            "diag_pivot_thresh": 0.0,
-            "options": {"SymmetricMode": True},
-        }
-    try:
-        factor = splu(matrix.tocsc(), **options)
-    except RuntimeError as error:
-        raise SingularError(
-            f"the sparse matrix is singular ({error}); add a multiple of the identity"
-        ) from error
-    if definite and not (factor.U.diagonal().real > 0).all():
+    factor = superlu(matrix, symmetric=definite)
+    if definite and not has_positive_pivots(factor):
         raise NotPositiveDefiniteError(
             "tagged positive definite, but the factorisation has a pivot that is not positive; "
             "drop the tag, or add a multiple of the identity"
         )
-    _require_condition(matrix, factor)
-    return factor
-
-
-def _require_condition(matrix: Any, factor: Any) -> None:
-    n = matrix.shape[0]
-    if n == 0:
-        return
-
-    def solve(B: Tensor, adjoint: bool) -> Tensor:
-        return torch.from_numpy(factor.solve(B.contiguous().numpy(), trans="H" if adjoint else "N"))
-
-    dtype = torch.complex128 if matrix.dtype.kind == "c" else torch.float64
-    size = float(abs(matrix).sum(axis=0).max())
-    rcond = 1 / (size * float(norm_of_inverse(solve, torch.Size([n]), dtype, torch.device("cpu"))))
-    if not rcond >= torch.finfo(dtype).eps:
+    rcond = sparse_condition(matrix, factor)
+    if not rcond >= torch.finfo(torch.float64).eps:
         raise SingularError(
             f"the sparse matrix is singular to working precision: reciprocal condition {rcond:.1e} "
-            f"is below {torch.finfo(dtype).eps:.1e}; add a multiple of the identity"
+            f"is below {torch.finfo(torch.float64).eps:.1e}; add a multiple of the identity"
         )
+    return factor

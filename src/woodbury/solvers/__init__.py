@@ -14,6 +14,8 @@ from woodbury.solvers.qr import QR
 from woodbury.solvers.recipe import Recipe, State
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
 from woodbury.solvers.solve import SolveWarning, solve
+from woodbury.solvers.sparse_cholesky import SparseCholesky
+from woodbury.solvers.sparse_lu import SparseLU
 from woodbury.solvers.structural import Structural
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "SolveReport",
     "SolveStatus",
     "SolveWarning",
+    "SparseCholesky",
+    "SparseLU",
     "State",
     "Structural",
     "inverse",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import NotPositiveDefiniteError, SingularError
-from woodbury.solvers.direct import FactorState, Forming, reciprocal_condition
+from woodbury.operators.factorization import reciprocal_condition
+from woodbury.solvers.direct import FactorState, Forming
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator

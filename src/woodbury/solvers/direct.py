@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import ArgumentError, BudgetError, NonFiniteError, TagError
-from woodbury.operators.factorization import norm_of_inverse
 from woodbury.operators.memory import available_bytes, in_words
 from woodbury.solvers.columns import norms
 from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
@@ -20,7 +18,7 @@ from woodbury.solvers.solution import SolveStatus
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
 
-__all__ = ["Direct", "FactorState", "Forming", "form", "reciprocal_condition", "wide"]
+__all__ = ["Direct", "FactorState", "Forming", "form", "wide"]
 
 # Refinement stops earlier where it no longer halves the residual.
 _REFINEMENTS = 3
@@ -198,21 +196,3 @@ def form(A: LinearOperator, *, hermitian: bool) -> Tensor:
         rows.copy_(mean)
         columns.copy_(mean.mH)
     return dense
-
-
-def reciprocal_condition(
-    matrix_norm: float, solve: Callable[[Tensor, bool], Tensor], like: Tensor
-) -> float:
-    """``1 / (||A||_1 ||A^-1||_1)`` from a few solves, an estimate from above.
-
-    Args:
-        matrix_norm: ``||A||_1``.
-        solve: ``(B, adjoint) -> A^-1 B`` or ``A^-H B`` for ``[n, 1]``.
-        like: tensor ``[n, ...]`` of the dtype and device of the solves.
-    """
-    n = like.shape[0]
-    if n == 0 or matrix_norm == 0:
-        return 1.0 if n == 0 else 0.0
-    inverse_norm = norm_of_inverse(solve, torch.Size([n]), like.dtype, like.device).item()
-    rcond = 1 / (matrix_norm * inverse_norm) if inverse_norm > 0 else 0.0
-    return rcond if math.isfinite(rcond) else 0.0
