@@ -18,6 +18,22 @@ def test_rbf_equals_its_formula_far_from_the_origin() -> None:
     torch.testing.assert_close(RBF(0.8).diagonal(x[:5], z), expected.diagonal())
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("lengthscale", [0.3, 2.0])
+def test_written_values_are_those_of_the_formula(dtype, rounding, lengthscale: float) -> None:
+    x, z = torch.randn(30, 4, dtype=dtype), torch.randn(20, 4, dtype=dtype)
+    gaps = (x.double()[:, None] - z.double()[None]).square().sum(-1) / (2 * lengthscale**2)
+    out = torch.full((30, 20), torch.nan, dtype=dtype)
+    RBF(lengthscale).write(x, z, out)
+    # The exponent is known to the rounding of its size.
+    allowed = rounding * (1 + gaps) * torch.exp(-gaps) * 3 + torch.finfo(dtype).tiny
+    assert bool(((out.double() - torch.exp(-gaps)).abs() <= allowed).all())
+    assert torch.equal(RBF(lengthscale)(x, z), out)
+    assert RBF(lengthscale)(x, x).diagonal().eq(1).all()
+    with_gradient = RBF(lengthscale)(x.requires_grad_(), z)
+    torch.testing.assert_close(with_gradient.detach(), out)
+
+
 def test_distance_to_itself_is_zero() -> None:
     x = torch.randn(20, 4)
     assert squared_distances(x, x).diagonal().eq(0).all()

@@ -195,3 +195,66 @@ def test_no_points():
     K = Kernel(torch.zeros(0, 2), torch.zeros(3, 2), kernel=rbf)
     assert (K @ torch.ones(3)).shape == (0,)
     assert (K.rmatmat(torch.ones(0))).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("block_bytes", [8 * 300, 8 * 5000, 2**20])
+def test_without_gradients_a_symmetric_kernel_is_evaluated_by_half(block_bytes):
+    kernel = RBF()
+    x = torch.randn(300, 2, dtype=torch.float64)
+    K = Kernel(x, kernel=kernel, block_bytes=block_bytes)
+    dense = kernel(x, x).detach()
+    for V in (torch.randn(300, dtype=torch.float64), torch.randn(300, 4, dtype=torch.float64)):
+        kernel.evaluated.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(K @ V, dense @ V)
+        entries = sum(rows * columns for rows, columns in kernel.evaluated)
+        blocks = max(rows for rows, _ in kernel.evaluated)
+        assert 300 * 301 / 2 <= entries <= 300 * (300 + blocks) / 2
+        assert all(8 * rows * columns <= block_bytes for rows, columns in kernel.evaluated)
+
+
+def test_mirrored_entries_of_a_complex_symmetric_kernel_are_not_conjugated():
+    x = torch.randn(40, 2, dtype=torch.complex128)
+    symmetric = lambda x, z: (1 + 1j) * x @ z.mT  # noqa: E731
+    K = Kernel(x, kernel=symmetric, block_bytes=16 * 200)
+    V = torch.randn(40, 3, dtype=torch.complex128)
+    with torch.no_grad():
+        torch.testing.assert_close(K @ V, symmetric(x, x) @ V)
+        torch.testing.assert_close(K.rmatmat(V), symmetric(x, x).mH @ V)
+
+
+class Writing:
+    """A kernel that writes where it is told to."""
+
+    def __init__(self):
+        self.buffers = set()
+        self.calls = 0
+
+    def __call__(self, x, z):
+        self.calls += 1
+        return rbf(x, z)
+
+    def write(self, x, z, out):
+        self.buffers.add(out.data_ptr())
+        out.copy_(rbf(x, z))
+
+
+def test_blocks_share_one_buffer_where_the_kernel_can_write():
+    x, z = torch.randn(50, 2, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+    v, w = torch.randn(30, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    for K, other in (
+        (Kernel(x, z, kernel=Writing(), block_bytes=8 * 200), z),
+        (Kernel(x, kernel=Writing(), block_bytes=8 * 200), x),
+    ):
+        K.kernel.calls = 0
+        with torch.no_grad():
+            torch.testing.assert_close(
+                K @ (v if other is z else w), rbf(x, other) @ (v if other is z else w)
+            )
+            torch.testing.assert_close(K.rmatmat(w[:, None]), rbf(x, other).T @ w[:, None])
+        assert len(K.kernel.buffers) <= 2  # one a product
+        assert K.kernel.calls == 0
+        x_grad = K @ (v if other is z else w).requires_grad_()
+        assert x_grad.requires_grad
+        assert K.kernel.calls > 0  # gradients need a tensor of their own
+        v, w = v.detach(), w.detach()

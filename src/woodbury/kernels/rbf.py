@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class RBF:
     Raises:
         ArgumentError: ``lengthscale`` is not a positive number.
 
-    Cost: ``b c d`` multiplications and two temporaries of the result for ``[b, d]`` and ``[c, d]``.
+    Cost: ``b c (d + 2)`` multiplications; no temporary of the size of the result without gradients,
+    two with them.
 
     Example:
         >>> import torch
@@ -39,7 +41,23 @@ class RBF:
 
     def __call__(self, x: Tensor, z: Tensor) -> Tensor:
         """Evaluate $k$ between ``[b, d]`` and ``[c, d]``: ``[b, c]``."""
-        return squared_distances(x, z).mul_(-0.5 / self.lengthscale**2).exp_()
+        if torch.is_grad_enabled() and (x.requires_grad or z.requires_grad):
+            return squared_distances(x, z).mul(-0.5 / self.lengthscale**2).exp()
+        return self.write(x, z, x.new_empty(x.shape[0], z.shape[0]))
+
+    def write(self, x: Tensor, z: Tensor, out: Tensor) -> Tensor:
+        """Evaluate into ``out`` ``[b, c]``, without gradients."""
+        _require_points(x, z)
+        # -|x - z|^2 / 2 = <(x, -|x|^2 / 2, 1), (z, 1, -|z|^2 / 2)>: one product does it.
+        # In powers of two, whose function is three times as fast on CPUs.
+        scale = math.sqrt(math.log2(math.e)) / self.lengthscale
+        center = z.mean(0)
+        left = (x - center) * scale
+        right = left if z is x else (z - center) * scale
+        torch.mm(_extended(left, 1), _extended(right, 0).mT, out=out).clamp_max_(0)
+        if z is x:
+            out.fill_diagonal_(0)
+        return out.exp2_()
 
     def diagonal(self, x: Tensor, z: Tensor) -> Tensor:
         """$k(x_i, z_i)$, ``[b]``."""
@@ -51,11 +69,7 @@ def squared_distances(x: Tensor, z: Tensor) -> Tensor:
 
     Both are centred first, which halves the digits lost to cancellation.
     """
-    if x.dim() != 2 or z.dim() != 2 or x.shape[1] != z.shape[1]:
-        raise ShapeError(
-            f"points have shapes {tuple(x.shape)} and {tuple(z.shape)}; they must be [b, d] and "
-            "[c, d]"
-        )
+    _require_points(x, z)
     center = z.mean(0)
     left = x - center
     right = left if z is x else z - center
@@ -64,6 +78,21 @@ def squared_distances(x: Tensor, z: Tensor) -> Tensor:
     if z is x and not distances.requires_grad:
         distances.fill_diagonal_(0)
     return distances
+
+
+def _require_points(x: Tensor, z: Tensor) -> None:
+    if x.dim() != 2 or z.dim() != 2 or x.shape[1] != z.shape[1]:
+        raise ShapeError(
+            f"points have shapes {tuple(x.shape)} and {tuple(z.shape)}; they must be [b, d] and "
+            "[c, d]"
+        )
+
+
+def _extended(points: Tensor, one_at: int) -> Tensor:
+    """Points with two more coordinates: half their squared norms, negative, and ones."""
+    squares = (points * points) @ points.new_full((points.shape[1], 1), -0.5)
+    ones = torch.ones_like(squares)
+    return torch.cat([points, *((squares, ones) if one_at else (ones, squares))], dim=1)
 
 
 def median_lengthscale(

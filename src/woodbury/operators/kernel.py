@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from woodbury.errors import BudgetError, DeviceError, DtypeError, ShapeError, TagError
 from woodbury.operators.base import LinearOperator
+from woodbury.operators.dtypes import is_batched
+from woodbury.operators.parts import same_substitution, transforms_active
 from woodbury.spaces import Space
 
 __all__ = ["Kernel"]
@@ -17,8 +21,11 @@ __all__ = ["Kernel"]
 # Tensors above 32 MiB are handed back to the system when freed. Smaller ones fragment the heap of
 # glibc before 2.38: with gradients recorded, to more than twice the whole matrix (measured).
 _BLOCK_BYTES = 64 * 2**20
+# Without gradients a block on the CPU is no larger than what the caches hold between evaluating it
+# and multiplying: at 64 MiB every pass over it went to main memory, six times slower (measured).
+_CACHED_BYTES = 4 * 2**20
 # Rows and columns of a block are not cut below this, where products would become thin.
-_SMALLEST_SIDE = 64
+_SMALLEST_SIDE = 128
 # Rows of the blocks whose diagonals make up the diagonal, and of the check on construction.
 _DIAGONAL_SIDE = 32
 _CHECK_ROWS = 8
@@ -35,7 +42,9 @@ class Kernel(LinearOperator):
         x: ``m`` points, ``[m, ...]``.
         z: ``n`` points, ``[n, ...]``; ``x`` if not given, and then the operator is symmetric.
         kernel: maps points ``[b, ...]`` and ``[c, ...]`` to ``[b, c]`` in the dtype of ``x``. A
-            method ``kernel.diagonal(x, z) -> [b]``, if it has one, gives ``k(x_i, z_i)``.
+            method ``kernel.diagonal(x, z) -> [b]``, if it has one, gives ``k(x_i, z_i)``, and
+            ``kernel.write(x, z, out)`` writes into ``out`` ``[b, c]`` instead of a new tensor, for
+            products without gradients.
         block_bytes: memory of one evaluated block. The kernel function's own temporaries come on
             top: one or two more blocks for a typical one, about seven where gradients are recorded.
             Below 32 MiB some systems do not reuse freed memory well, so that less saves nothing.
@@ -49,9 +58,10 @@ class Kernel(LinearOperator):
         TagError: ``z`` is not given and ``kernel`` is not symmetric on the first points.
         BudgetError: ``block_bytes`` does not hold one entry.
 
-    Cost: a product evaluates all ``m n`` entries once and takes ``m n k`` multiplications; backward
-    evaluates them once more. A block of right-hand sides is therefore much cheaper than its columns
-    one by one.
+    Cost: a product evaluates all ``m n`` entries once, or half of them where ``z`` is not given and
+    no gradient recorded, and takes ``m n k`` multiplications; backward evaluates them once more. A
+    block of right-hand sides is therefore much cheaper than its columns one by one. Without
+    gradients blocks are no larger than 4 MiB on the CPU, which its caches hold.
 
     Example:
         >>> import torch
@@ -94,7 +104,7 @@ class Kernel(LinearOperator):
         """Evaluate a few entries, so that a wrong kernel function is refused here."""
         with torch.no_grad():
             corner = self._evaluate(self.x[:_CHECK_ROWS], self.z[:_CHECK_ROWS])
-        if self.z is not self.x or corner.numel() == 0:
+        if self.z is not self.x or corner.numel() == 0 or is_batched(corner):
             return
         gap = float((corner - corner.mT).abs().max())
         rounding = torch.finfo(self.dtype).eps ** 0.5 * float(corner.abs().max())
@@ -114,25 +124,74 @@ class Kernel(LinearOperator):
             raise DtypeError(f"kernel returned {block.dtype}, the points are {self.dtype}")
         return block
 
+    def _entries(self) -> int:
+        """How many entries a block may have."""
+        size = self.block_bytes
+        if self.device.type == "cpu" and not torch.is_grad_enabled():
+            size = min(size, _CACHED_BYTES)
+        return max(1, size // self.x.element_size())
+
     def _sides(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of a block inside the budget: whole rows where they fit."""
-        entries = max(1, self.block_bytes // self.x.element_size())
+        entries = self._entries()
         width = min(columns, max(entries // _SMALLEST_SIDE, min(entries, _SMALLEST_SIDE)))
         return max(1, min(rows, entries // max(width, 1))), max(width, 1)
 
     def _matmat(self, X: Tensor) -> Tensor:
-        return self._in_blocks(self.x, self.z, X, self._times)
+        if self._is_mirrored():
+            return self._by_triangle(X)
+        evaluate = self._evaluation()
+        return self._in_blocks(self.x, self.z, X, lambda x, z, V: evaluate(x, z) @ V)
+
+    def _is_mirrored(self) -> bool:
+        """Whether a product may take an evaluated entry for the one across the diagonal, too."""
+        plain = not torch.is_grad_enabled() and not transforms_active()
+        # Sums of many small products would lose digits in half precision.
+        return plain and self.z is self.x and self.dtype.itemsize > 2
+
+    def _by_triangle(self, X: Tensor) -> Tensor:
+        """Half of the entries are evaluated, and each multiplied where it stands and mirrored."""
+        n = self.shape[0]
+        V = X.squeeze(1) if X.shape[1] == 1 else X
+        Y = torch.zeros_like(V)
+        add = torch.Tensor.addmv_ if V.dim() == 1 else torch.Tensor.addmm_
+        evaluate = self._evaluation()
+        start = 0
+        while start < n:
+            height, width = self._sides(n - start, n - start)
+            stop = start + height
+            for left in range(start, n, width):
+                right = min(left + width, n)
+                block = evaluate(self.x[start:stop], self.x[left:right])
+                add(Y[start:stop], block, V[left:right])
+                if right > stop:
+                    beyond = max(stop, left)
+                    add(Y[beyond:right], block[:, beyond - left :].mT, V[start:stop])
+            start = stop
+        return Y.view_as(X)
+
+    def _evaluation(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """How blocks are evaluated: where nothing is recorded, one after the other in one buffer.
+
+        Memory fresh from the system takes as long to touch as the kernel to evaluate.
+        """
+        write = getattr(self.kernel, "write", None)
+        if write is None or torch.is_grad_enabled() or transforms_active():
+            return self._evaluate
+        buffer = self.x.new_empty(min(self._entries(), self.shape[0] * self.shape[1]))
+
+        def evaluate(x: Tensor, z: Tensor) -> Tensor:
+            out = buffer[: x.shape[0] * z.shape[0]].view(x.shape[0], z.shape[0])
+            write(x, z, out)
+            return out
+
+        return evaluate
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
         if "hermitian" in self.tags:
             return self._matmat(Y)
-        return self._in_blocks(self.z, self.x, Y, self._adjoint_times)
-
-    def _times(self, x: Tensor, z: Tensor, V: Tensor) -> Tensor:
-        return self._evaluate(x, z) @ V
-
-    def _adjoint_times(self, z: Tensor, x: Tensor, V: Tensor) -> Tensor:
-        return self._evaluate(x, z).mH @ V
+        evaluate = self._evaluation()
+        return self._in_blocks(self.z, self.x, Y, lambda z, x, V: evaluate(x, z).mH @ V)
 
     def _in_blocks(
         self,
@@ -155,10 +214,16 @@ class Kernel(LinearOperator):
     ) -> Tensor:
         result: Tensor | None = None
         for points, vectors in inner_parts:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not transforms_active():
                 # Nothing of the block is saved: backward evaluates it again.
                 part = checkpoint(
-                    times, outer, points, vectors, use_reentrant=False, preserve_rng_state=False
+                    times,
+                    outer,
+                    points,
+                    vectors,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=partial(_contexts, same_substitution()),
                 )
             else:
                 part = times(outer, points, vectors)
@@ -190,6 +255,13 @@ class Kernel(LinearOperator):
         parts = zip(self.x.split(_DIAGONAL_SIDE), self.z.split(_DIAGONAL_SIDE), strict=True)
         for x, z in parts:
             yield self._evaluate(x, z)
+
+
+def _contexts(
+    again: AbstractContextManager[object],
+) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """What a block is evaluated in the first time, and again in the backward pass."""
+    return nullcontext(), again
 
 
 def _require_fit(x: Tensor, z: Tensor) -> None:
