@@ -44,7 +44,7 @@ from woodbury.errors import (
     SolveError,
     TagError,
 )
-from woodbury.solvers import LU, SolveReport, SolveStatus, SolveWarning, Structural
+from woodbury.solvers import LSMR, LU, QR, SolveReport, SolveStatus, SolveWarning, Structural
 from woodbury.solvers.default import SMALL, default_recipe
 
 F64 = torch.float64
@@ -191,6 +191,15 @@ def test_default_recipe_follows_structure_size_and_tags() -> None:
     solution = solve(large({"positive_definite"}), torch.ones(SMALL + 1, dtype=F64))
     assert solution.recipe == CG()
     assert torch.allclose(solution.value, torch.full((SMALL + 1,), 0.5, dtype=F64))
+
+
+def test_default_recipe_for_least_squares() -> None:
+    assert default_recipe(Dense(random(N, 3))) == QR()
+    assert default_recipe(Dense(random(3, N))) == QR()
+    wide = FunctionOperator(lambda X: X[:2000], (2000, 2001), lambda Y: Y, dtype=F64)
+    assert default_recipe(wide) == LSMR()
+    M, b = random(N, 3), random(N)
+    assert error_of(solve(Dense(M), b).value, torch.linalg.pinv(M) @ b) < 1e-13
 
 
 def test_default_recipe_solves_what_is_not_symmetric() -> None:

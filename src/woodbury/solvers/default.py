@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from woodbury.errors import ShapeError, TagError
+from woodbury.errors import TagError
 from woodbury.solvers.cg import CG
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.eigh import Eigh
+from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.lu import LU
+from woodbury.solvers.qr import QR
 from woodbury.solvers.structural import Structural
 
 if TYPE_CHECKING:
@@ -25,14 +27,10 @@ def default_recipe(A: LinearOperator) -> Recipe:
     """The recipe for an operator about which nothing but tags and size is known.
 
     Raises:
-        ShapeError: the operator is not square.
         TagError: the operator is large, has no structure and is not known to be positive definite.
     """
     if not A.is_square:
-        raise ShapeError(
-            f"no default recipe for an operator of shape {A.shape}: for least squares use "
-            "LSMR() or QR()"
-        )
+        return QR() if A.shape[0] * A.shape[1] <= SMALL**2 else LSMR()
     if A.has_inverse:
         return Structural()
     if A.shape[0] <= SMALL:
