@@ -1,9 +1,14 @@
 """Recipes for ``A^-1 b`` and what they return."""
 
+from woodbury.solvers.block_jacobi import BlockJacobi
 from woodbury.solvers.cg import CG
+from woodbury.solvers.chebyshev import Chebyshev
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.eigh import Eigh
+from woodbury.solvers.gauss_seidel import GaussSeidel
+from woodbury.solvers.incomplete import IncompleteCholesky, IncompleteLU
 from woodbury.solvers.inverse import InverseOperator, inverse
+from woodbury.solvers.jacobi import Jacobi
 from woodbury.solvers.ldl import LDL
 from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.lsqr import LSQR
@@ -12,10 +17,13 @@ from woodbury.solvers.neumann import Neumann
 from woodbury.solvers.nystrom import Nystrom
 from woodbury.solvers.qr import QR
 from woodbury.solvers.recipe import Recipe, State
+from woodbury.solvers.richardson import Richardson
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
 from woodbury.solvers.solve import SolveWarning, solve
+from woodbury.solvers.sor import SOR
 from woodbury.solvers.sparse_cholesky import SparseCholesky
 from woodbury.solvers.sparse_lu import SparseLU
+from woodbury.solvers.ssor import SSOR
 from woodbury.solvers.structural import Structural
 
 __all__ = [
@@ -25,12 +33,21 @@ __all__ = [
     "LSQR",
     "LU",
     "QR",
+    "SOR",
+    "SSOR",
+    "BlockJacobi",
+    "Chebyshev",
     "Cholesky",
     "Eigh",
+    "GaussSeidel",
+    "IncompleteCholesky",
+    "IncompleteLU",
     "InverseOperator",
+    "Jacobi",
     "Neumann",
     "Nystrom",
     "Recipe",
+    "Richardson",
     "Solution",
     "SolveReport",
     "SolveStatus",

@@ -121,7 +121,7 @@ class Recipe:
         if type(self)._apply is Recipe._apply:
             raise TagError(
                 f"{type(self).__name__} is not a fixed linear function of b, so it cannot "
-                "precondition; use Nystrom, Cholesky, Eigh, LU, Neumann or an operator"
+                "precondition; use Jacobi, IncompleteCholesky, Nystrom or an operator"
             )
         from woodbury.solvers.inverse import AppliedRecipe
 

@@ -53,8 +53,9 @@ class SolveStatus(Enum):
         "least-squares solution of smallest norm; add damping or accept it with throw=False"
     )
     diverged = (
-        "the series diverges because I - step * A has an eigenvalue beyond 1: lower the step, add "
-        "damping if A has negative eigenvalues, or use CG"
+        "the series diverges because I - step * A (with what preconditions it) has an eigenvalue "
+        "beyond 1: lower the step or omega, raise the upper bound, add damping if A has negative "
+        "eigenvalues, or use CG"
     )
     breakdown = (
         "a search direction has no curvature to working precision, so A is singular or "
