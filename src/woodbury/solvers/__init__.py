@@ -1,11 +1,22 @@
 """Recipes for ``A^-1 b`` and what they return."""
 
+from woodbury.solvers.bicgstab import BiCGSTAB
 from woodbury.solvers.block_jacobi import BlockJacobi
+from woodbury.solvers.certificate import (
+    EnergyHistory,
+    ErrorBound,
+    Guarantee,
+    energy_history,
+    error_bound,
+    smallest_eigenvalue_bound,
+    smallest_singular_value_bound,
+)
 from woodbury.solvers.cg import CG
 from woodbury.solvers.chebyshev import Chebyshev
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.eigh import Eigh
 from woodbury.solvers.gauss_seidel import GaussSeidel
+from woodbury.solvers.gmres import GMRES
 from woodbury.solvers.incomplete import IncompleteCholesky, IncompleteLU
 from woodbury.solvers.inverse import InverseOperator, inverse
 from woodbury.solvers.jacobi import Jacobi
@@ -13,6 +24,7 @@ from woodbury.solvers.ldl import LDL
 from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.lsqr import LSQR
 from woodbury.solvers.lu import LU
+from woodbury.solvers.minres import MINRES
 from woodbury.solvers.neumann import Neumann
 from woodbury.solvers.nystrom import Nystrom
 from woodbury.solvers.qr import QR
@@ -28,18 +40,24 @@ from woodbury.solvers.structural import Structural
 
 __all__ = [
     "CG",
+    "GMRES",
     "LDL",
     "LSMR",
     "LSQR",
     "LU",
+    "MINRES",
     "QR",
     "SOR",
     "SSOR",
+    "BiCGSTAB",
     "BlockJacobi",
     "Chebyshev",
     "Cholesky",
     "Eigh",
+    "EnergyHistory",
+    "ErrorBound",
     "GaussSeidel",
+    "Guarantee",
     "IncompleteCholesky",
     "IncompleteLU",
     "InverseOperator",
@@ -56,6 +74,10 @@ __all__ = [
     "SparseLU",
     "State",
     "Structural",
+    "energy_history",
+    "error_bound",
     "inverse",
+    "smallest_eigenvalue_bound",
+    "smallest_singular_value_bound",
     "solve",
 ]

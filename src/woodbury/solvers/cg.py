@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
+from woodbury.errors import ArgumentError
 from woodbury.solvers.cg_column import CGColumn
 from woodbury.solvers.columns import add_columns, dots, norms, take
+from woodbury.solvers.energy import EnergyBounds
 from woodbury.solvers.loop import Loop
 from woodbury.solvers.preconditioned import KrylovState, Preconditioned
 from woodbury.solvers.recipe import Outcome, Problem
@@ -47,6 +49,13 @@ class CG(Preconditioned):
         max_steps: limit of steps; default ``10 n``.
         preconditioner: $M \approx A^{-1}$, hermitian positive definite: an operator, or a recipe
             that prepares one (``Nystrom(rank=20)``).
+        error_bound: whether ``info["error"]`` tells, for each column, how large $\|x -
+            A^{-1}b\|_A$ is at most, as an :class:`~woodbury.solvers.ErrorBound`, and
+            ``info["energy"]`` how it fell from step to step. It is a bound where a lower bound of
+            the smallest eigenvalue of ``A`` is known: the number given here (in the unit of ``A``),
+            or with ``True`` what the structure proves (a multiple of the identity beside
+            semidefinite terms, diagonals, Gershgorin's circles). Elsewhere it is marked as an
+            estimate, from half the smallest Ritz value.
 
     Raises:
         TagError: the operator or the preconditioner is not known to be hermitian. Whether they are
@@ -70,11 +79,30 @@ class CG(Preconditioned):
         True
     """
 
+    error_bound: bool | float = field(default=False, repr=False)
+
     needs: ClassVar[tuple[str, ...]] = ("hermitian",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.error_bound is not True and not 0 <= self.error_bound < math.inf:
+            raise ArgumentError(
+                f"error_bound is {self.error_bound}; it must be True, False or a positive lower "
+                "bound on the smallest eigenvalue"
+            )
 
     def _run(self, problem: Problem, state: KrylovState) -> Outcome:
         loop = _Loop(problem, state.preconditioner, problem.tolerances(self.rtol, self.atol))
-        return loop.run(self.limit(problem.A))
+        if self.error_bound is False:
+            return loop.run(self.limit(problem.A))
+        for column in loop.columns:
+            column.trace = []
+        outcome = loop.run(self.limit(problem.A))
+        given = None if self.error_bound is True else float(self.error_bound)
+        bounds = EnergyBounds(problem, given, preconditioned=state.preconditioner is not None)
+        outcome.info["error"] = [bounds.of(column) for column in loop.all_columns]
+        outcome.info["energy"] = bounds.histories
+        return outcome
 
 
 class _Loop(Loop[CGColumn]):
@@ -132,7 +160,7 @@ class _Loop(Loop[CGColumn]):
             self.keep_best(rising)
         add_columns(self.X, lengths, self.P, out=self.X)
         if claims or look:
-            self.measure(Q)
+            self.measure(self.P, Q)
         if look:
             claims = [
                 j
@@ -144,15 +172,12 @@ class _Loop(Loop[CGColumn]):
         if claims or ended:
             self.leave()
 
-    def measure(self, Q: Tensor) -> None:
-        """How large rounding in ``A`` and ``x`` makes the residual: eps (|A| |x| + |b|)."""
-        eps = torch.finfo(self.problem.A.dtype).eps
-        sizes = zip(*(norms(self.space, T) for T in (self.X, self.P, Q)), strict=True)
-        for column, (x, p, q) in zip(self.columns, sizes, strict=True):
-            column.size = max(column.size, q / p)
-            if self.precondition is None:
+    def measure(self, P: Tensor, Q: Tensor) -> None:
+        """Beside the products, the tridiagonal matrix of Lanczos knows the norm of ``A``."""
+        if self.precondition is None:
+            for column in self.columns:
                 column.size = max(column.size, column.row, column.top)
-            column.level = eps * (column.size * x + column.b_norm)
+        super().measure(P, Q)
 
     def prefers_best(self, column: CGColumn) -> bool:
         """After a breakdown the norm that the method minimises means nothing."""

@@ -24,6 +24,18 @@ class CGColumn(Column):
         self.alpha = self.row = self.above = 0.0
         self.top = 0.0
         self.beta = 0.0
+        # For bounds on the error, where asked for: alpha and <r, z> of the steps since the start.
+        self.trace: list[tuple[float, float]] | None = None
+        self.gap: float | None = None  # between the true residual and that of the recurrence
+        self.restarted = False
+
+    def verify(self, true: float, gap: float) -> None:
+        """Take the true residual; a new start begins a new Krylov space."""
+        super().verify(true, gap)
+        self.gap = gap
+        if self.restart and self.trace is not None:
+            self.trace.clear()
+            self.restarted, self.gap = True, None
 
     def direct(self, rz: float) -> bool:
         """Take <r, z> of the new residual and find beta; returns whether that ends the column."""
@@ -55,6 +67,8 @@ class CGColumn(Column):
             alpha = self.alpha = self.rz / curvature
             if 0 < alpha < math.inf:
                 self.row = self.above + 1 / alpha
+                if self.trace is not None:
+                    self.trace.append((alpha, self.rz))
                 return alpha
         if not math.isfinite(ratio):
             self.status = SolveStatus.non_finite

@@ -152,6 +152,11 @@ class Solution:
             "products": self.products,
             "recipe": repr(self.recipe),
         }
+        if "error" in self.info:
+            worst = max(self.info["error"], key=lambda error: error.value)
+            found["error"] = worst.value
+            found["error_norm"] = worst.norm
+            found["error_guarantee"] = worst.guarantee.name
         if self.column_status is not None:
             found["columns"] = len(self.column_status)
             found["failed_columns"] = sum(not status.ok for status in self.column_status)

@@ -18,6 +18,7 @@ from woodbury.errors import (
     SolveError,
 )
 from woodbury.operators.base import LinearOperator
+from woodbury.solvers.certificate import ErrorBound, Guarantee
 from woodbury.solvers.checks import check_state, check_system, largest_entries
 from woodbury.solvers.columns import norms
 from woodbury.solvers.default import default_recipe
@@ -38,7 +39,12 @@ _FACTORISATION_FAILURES: dict[type[Exception], SolveStatus] = {
 
 
 # What recipes say of each column, and its value for a column of zeros, which they are not given.
-_OF_A_ZERO_COLUMN: dict[str, float] = {"column_steps": 0, "normal_residual": 0.0}
+_OF_A_ZERO_COLUMN: dict[str, Any] = {
+    "column_steps": 0,
+    "normal_residual": 0.0,
+    "error": ErrorBound(0.0, Guarantee.bound, "energy", math.nan, 0.0),
+    "energy": None,
+}
 
 
 class SolveWarning(RuntimeWarning):
@@ -80,7 +86,8 @@ def solve(
             device.
         recipe: how to solve. By default the operator's own inverse where its structure has one;
             then up to 2,000 rows :class:`Cholesky`, :class:`Eigh` or :class:`LU`, as the tags
-            allow; beyond, :class:`CG` for positive (semi)definite operators.
+            allow; beyond, :class:`CG` for positive (semi)definite operators. For least squares
+            :class:`QR` up to 4 million entries and :class:`LSMR` beyond.
         x0: first iterate ``[n]`` or ``[n, k]``; zero by default.
         state: what ``recipe.prepare`` or an earlier ``solution.state`` holds; made if not given.
             Its factor, sketch or preconditioner is used as it is.
