@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from woodbury.solvers.functions import MatrixFunction
     from woodbury.solvers.solution import Solution
+    from woodbury.spectra.eigenpairs import Eigenpairs
 
 __all__ = [
     "ArgumentError",
@@ -17,6 +19,8 @@ __all__ = [
     "DataError",
     "DeviceError",
     "DtypeError",
+    "EigenError",
+    "FunctionError",
     "GradientError",
     "NonDeterministicError",
     "NonFiniteError",
@@ -101,3 +105,26 @@ class SolveError(WoodburyError, ArithmeticError):
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
         self.solution = solution
+
+
+class EigenError(WoodburyError, ArithmeticError):
+    """Eigenpairs did not reach their tolerance; ``eigenpairs`` holds the best ones found.
+
+    Raised by :func:`woodbury.spectra.eigenpairs` when ``throw=True``. Pass ``throw=False`` to
+    receive them with their statuses instead.
+    """
+
+    def __init__(self, message: str, eigenpairs: Eigenpairs) -> None:
+        super().__init__(message)
+        self.eigenpairs = eigenpairs
+
+
+class FunctionError(WoodburyError, ArithmeticError):
+    """A function of a matrix did not reach its tolerance; ``result`` holds the best value.
+
+    Raised by :func:`woodbury.solvers.matrix_function` when ``throw=True``.
+    """
+
+    def __init__(self, message: str, result: MatrixFunction) -> None:
+        super().__init__(message)
+        self.result = result

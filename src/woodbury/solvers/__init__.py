@@ -14,8 +14,11 @@ from woodbury.solvers.certificate import (
 from woodbury.solvers.cg import CG
 from woodbury.solvers.chebyshev import Chebyshev
 from woodbury.solvers.cholesky import Cholesky
+from woodbury.solvers.cur import CUR
 from woodbury.solvers.eigh import Eigh
+from woodbury.solvers.functions import MatrixFunction, matrix_function
 from woodbury.solvers.gauss_seidel import GaussSeidel
+from woodbury.solvers.generalized_nystrom import GeneralizedNystrom
 from woodbury.solvers.gmres import GMRES
 from woodbury.solvers.incomplete import IncompleteCholesky, IncompleteLU
 from woodbury.solvers.inverse import InverseOperator, inverse
@@ -30,6 +33,7 @@ from woodbury.solvers.nystrom import Nystrom
 from woodbury.solvers.qr import QR
 from woodbury.solvers.recipe import Recipe, State
 from woodbury.solvers.richardson import Richardson
+from woodbury.solvers.sketch_precondition import SketchPrecondition
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
 from woodbury.solvers.solve import SolveWarning, solve
 from woodbury.solvers.sor import SOR
@@ -37,9 +41,11 @@ from woodbury.solvers.sparse_cholesky import SparseCholesky
 from woodbury.solvers.sparse_lu import SparseLU
 from woodbury.solvers.ssor import SSOR
 from woodbury.solvers.structural import Structural
+from woodbury.solvers.utv import UTV
 
 __all__ = [
     "CG",
+    "CUR",
     "GMRES",
     "LDL",
     "LSMR",
@@ -49,6 +55,7 @@ __all__ = [
     "QR",
     "SOR",
     "SSOR",
+    "UTV",
     "BiCGSTAB",
     "BlockJacobi",
     "Chebyshev",
@@ -57,15 +64,18 @@ __all__ = [
     "EnergyHistory",
     "ErrorBound",
     "GaussSeidel",
+    "GeneralizedNystrom",
     "Guarantee",
     "IncompleteCholesky",
     "IncompleteLU",
     "InverseOperator",
     "Jacobi",
+    "MatrixFunction",
     "Neumann",
     "Nystrom",
     "Recipe",
     "Richardson",
+    "SketchPrecondition",
     "Solution",
     "SolveReport",
     "SolveStatus",
@@ -77,6 +87,7 @@ __all__ = [
     "energy_history",
     "error_bound",
     "inverse",
+    "matrix_function",
     "smallest_eigenvalue_bound",
     "smallest_singular_value_bound",
     "solve",

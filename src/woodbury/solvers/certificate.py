@@ -67,6 +67,14 @@ class ErrorBound:
         relative: ``value`` over a lower bound of the norm of the exact solution; ``nan`` if
             there is none.
         products: columns that ``A`` was multiplied by to find it.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, Diagonal, solve
+        >>> A = Diagonal(torch.linspace(1.0, 9.0, 50), tags={"positive_definite"})
+        >>> solution = solve(A, torch.ones(50), CG(rtol=1e-2, error_bound=True))
+        >>> print(solution.info["error"][0])
+        ||x - x*||_A <= ... (a bound: a lower bound on the smallest eigenvalue ...
     """
 
     value: float
@@ -94,6 +102,15 @@ class EnergyHistory:
         smallest: $\mu$.
         last: upper bound after the last step.
         energy: lower bound of $\|A^{-1}b - x_0\|_A$.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, Diagonal, solve
+        >>> A = Diagonal(torch.linspace(1.0, 9.0, 50), tags={"positive_definite"})
+        >>> solution = solve(A, torch.ones(50), CG(rtol=1e-4, error_bound=True))
+        >>> history = solution.info["energy"][0]
+        >>> bool((history.lower <= history.upper[: len(history.lower)]).all())
+        True
     """
 
     upper: Array
