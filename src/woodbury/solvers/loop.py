@@ -73,10 +73,14 @@ class Loop(Generic[C]):
             step += 1
             self.advance(look=step % LOOK == 0 or step == 1)
             self.note(step)
+        self.finish()
         for column in self.columns:
-            column.status = SolveStatus.max_steps
+            column.status = column.status or SolveStatus.max_steps
         self.leave()
         return self.outcome()
+
+    def finish(self) -> None:
+        """Bring the iterates up to date where the limit of steps has come."""
 
     def turn(self) -> None:
         """What comes before a step and may end columns."""
@@ -97,6 +101,16 @@ class Loop(Generic[C]):
             self.best.copy_(self.X)
         else:
             self.best[:, [self.columns[j].index for j in rising]] = take(self.X, rising)
+
+    def measure(self, P: Tensor, Q: Tensor) -> None:
+        """How large rounding in ``A`` and ``x`` makes the residual: eps (|A| |x| + |b|).
+
+        ``|A|`` is known from below by the products ``Q = A P`` seen so far.
+        """
+        sizes = zip(*(norms(self.space, T) for T in (self.X, P, Q)), strict=True)
+        for column, (x, p, q) in zip(self.columns, sizes, strict=True):
+            column.size = max(column.size, q / p if p > 0 else 0.0)
+            column.level = self.eps * (column.size * x + column.b_norm)
 
     def verify(self, claims: list[int]) -> None:
         """Compute the true residual of the columns that claim to have converged."""
@@ -133,7 +147,11 @@ class Loop(Generic[C]):
         if keep:
             for name in self.blocks:
                 setattr(self, name, take(getattr(self, name), keep))
+            self.keep(keep)
         return keep
+
+    def keep(self, columns: list[int]) -> None:
+        """Drop all but some columns of what else there is."""
 
     def note(self, step: int) -> None:
         """Tell those who listen."""

@@ -74,12 +74,15 @@ class Preconditioned(Iterative):
         M = self.preconditioner
         products = 0
         if isinstance(M, Recipe):
-            inner = M.prepare(A)
-            products = inner.products
-            M = M.as_preconditioner(A, inner)
+            M, products = self._approximate_inverse(A, M)
         if M is not None:
             self._check_preconditioner(M, A)
         return KrylovState.of(self, A, products, preconditioner=M)
+
+    def _approximate_inverse(self, A: LinearOperator, M: Recipe) -> tuple[LinearOperator, int]:
+        """What a recipe stands for as an operator, and the products that took."""
+        inner = M.prepare(A)
+        return M.as_preconditioner(A, inner), inner.products
 
     def _check_preconditioner(self, M: LinearOperator, A: LinearOperator) -> None:
         wanted = (A.shape[1], A.shape[0])

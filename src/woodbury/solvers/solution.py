@@ -58,8 +58,9 @@ class SolveStatus(Enum):
         "eigenvalues, or use CG"
     )
     breakdown = (
-        "a search direction has no curvature to working precision, so A is singular or "
-        "indefinite: add damping, for example A + 1e-6 * Identity(n), or use Eigh()"
+        "the method has no next step: in CG a search direction has no curvature to working "
+        "precision, so A is singular or indefinite, in BiCGSTAB a coefficient vanished: add "
+        "damping, for example A + 1e-6 * Identity(n), or use MINRES(), GMRES() or Eigh()"
     )
     negative_curvature = (
         "A is not positive definite, info['direction'] shows where: add more damping than the "
