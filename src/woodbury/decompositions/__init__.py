@@ -2,6 +2,7 @@
 
 from woodbury.decompositions.cur import cur
 from woodbury.decompositions.lanczos import Lanczos, lanczos
+from woodbury.decompositions.lanczos_batch import LanczosBatch, lanczos_batch
 from woodbury.decompositions.meta import (
     MetaFactor,
     generalized_nystrom,
@@ -13,11 +14,14 @@ from woodbury.decompositions.orthonormal import orthonormalize
 from woodbury.decompositions.partial import PartialEigen
 from woodbury.decompositions.power import ExtremeEigenvalues, extreme_eigenvalues
 from woodbury.decompositions.range_finder import RangeBasis, range_finder
+from woodbury.decompositions.sketches import Hadamard, random_sketch
 from woodbury.decompositions.two_sided import TwoSided
 
 __all__ = [
     "ExtremeEigenvalues",
+    "Hadamard",
     "Lanczos",
+    "LanczosBatch",
     "MetaFactor",
     "NystromFactor",
     "PartialEigen",
@@ -27,9 +31,11 @@ __all__ = [
     "extreme_eigenvalues",
     "generalized_nystrom",
     "lanczos",
+    "lanczos_batch",
     "meta_factorization",
     "nystrom",
     "orthonormalize",
+    "random_sketch",
     "range_finder",
     "utv",
 ]
