@@ -258,3 +258,20 @@ def test_blocks_share_one_buffer_where_the_kernel_can_write():
         assert x_grad.requires_grad
         assert K.kernel.calls > 0  # gradients need a tensor of their own
         v, w = v.detach(), w.detach()
+
+
+def test_gradient_mode_costs_nothing_where_nothing_has_a_gradient():
+    kernel = RBF()
+    x, v = torch.randn(300, 2, dtype=torch.float64), torch.randn(300, dtype=torch.float64)
+    K = Kernel(x, kernel=kernel, block_bytes=8 * 5000)
+    kernel.evaluated.clear()
+    assert (K @ v).requires_grad  # the parameter of the kernel has one
+    assert sum(rows * columns for rows, columns in kernel.evaluated) >= 300 * 300
+    kernel.log_scale.requires_grad_(False)
+    kernel.evaluated.clear()
+    y = K @ v
+    assert not y.requires_grad
+    assert sum(rows * columns for rows, columns in kernel.evaluated) < 0.6 * 300 * 300
+    kernel.log_scale.requires_grad_(True)
+    torch.testing.assert_close(y, (K @ v).detach())
+    assert (K @ v.clone().requires_grad_()).requires_grad

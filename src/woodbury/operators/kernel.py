@@ -138,10 +138,19 @@ class Kernel(LinearOperator):
         return max(1, min(rows, entries // max(width, 1))), max(width, 1)
 
     def _matmat(self, X: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self._records(X):
+            with torch.no_grad():
+                return self._matmat(X)
         if self._is_mirrored():
             return self._by_triangle(X)
         evaluate = self._evaluation()
         return self._in_blocks(self.x, self.z, X, lambda x, z, V: evaluate(x, z) @ V)
+
+    def _records(self, X: Tensor) -> bool:
+        """Whether a product has a gradient; what the kernel closes over, one entry shows."""
+        if transforms_active() or any(T.requires_grad for T in (X, self.x, self.z)):
+            return True
+        return 0 in self.shape or self._evaluate(self.x[:1], self.z[:1]).requires_grad
 
     def _is_mirrored(self) -> bool:
         """Whether a product may take an evaluated entry for the one across the diagonal, too."""
@@ -190,6 +199,9 @@ class Kernel(LinearOperator):
     def _rmatmat(self, Y: Tensor) -> Tensor:
         if "hermitian" in self.tags:
             return self._matmat(Y)
+        if torch.is_grad_enabled() and not self._records(Y):
+            with torch.no_grad():
+                return self._rmatmat(Y)
         evaluate = self._evaluation()
         return self._in_blocks(self.z, self.x, Y, lambda z, x, V: evaluate(x, z).mH @ V)
 

@@ -15,6 +15,7 @@ from woodbury.solvers.cg import CG
 from woodbury.solvers.chebyshev import Chebyshev
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.cur import CUR
+from woodbury.solvers.deflation import Deflation, DeflationState
 from woodbury.solvers.eigh import Eigh
 from woodbury.solvers.functions import MatrixFunction, matrix_function
 from woodbury.solvers.gauss_seidel import GaussSeidel
@@ -60,6 +61,8 @@ __all__ = [
     "BlockJacobi",
     "Chebyshev",
     "Cholesky",
+    "Deflation",
+    "DeflationState",
     "Eigh",
     "EnergyHistory",
     "ErrorBound",

@@ -21,6 +21,8 @@ __all__ = ["AppliedRecipe", "InverseOperator", "inverse"]
 
 def _tags(A: LinearOperator, recipe: Recipe) -> Tags:
     """Tags of the inverse; a pseudo-inverse keeps less, and is not definite where ``A`` is not."""
+    if not recipe.mirrors:
+        return frozenset()
     if not recipe.rectangular:
         return inverse_tags(A.tags)
     mirrored = {"symmetric", "hermitian", "positive_semidefinite", "positive_definite", "diagonal"}

@@ -76,6 +76,8 @@ class Recipe:
     needs: ClassVar[tuple[str, ...]] = ()
     # Whether it takes [m, n] operators and returns the least-squares solution of smallest norm.
     rectangular: ClassVar[bool] = False
+    # Whether what it makes of a hermitian operator is hermitian, up to its tolerance.
+    mirrors: ClassVar[bool] = True
 
     def check(self, A: LinearOperator) -> None:
         """Raise unless the recipe can work on ``A``.
