@@ -89,7 +89,7 @@ def test_gauss_below_and_gauss_radau_above_the_error(name: str, known: float) ->
     ratios = (lower / true[: len(lower)])[clear[: len(lower)]]
     assert np.median(ratios) > (0.5 if name == "clustered" else math.sqrt(0.75))
     assert (history.delay >= 1).all()
-    bound = solution.info["error"][0]
+    bound = solution.info["error_bound"][0]
     assert bound.guarantee is Guarantee.bound
     error = energy_error(M, solution.value, exact)
     assert error <= bound.value
@@ -113,7 +113,7 @@ def test_bound_over_spectra(exponents, fraction: float, rtol: float, seed: int) 
     least = float(torch.linalg.eigvalsh(M).min())
     recipe = CG(rtol=rtol, max_steps=3000, error_bound=fraction * least)
     solution = solve(function(M, {"positive_definite"}), b, recipe, throw=False)
-    bound = solution.info["error"][0]
+    bound = solution.info["error_bound"][0]
     assert bound.guarantee is Guarantee.bound
     # Rounding of the reference, which the bound knows nothing of.
     exact = solution_of(M, b)
@@ -134,7 +134,7 @@ def test_stiffness_matrix_where_orthogonality_is_lost(data_folder) -> None:
     recipe = CG(rtol=1e-8, error_bound=0.9 * float(spectrum[0]))
     solution = solve(A, b, recipe)
     assert solution.steps > 2 * A.shape[0], "in exact arithmetic there were n steps at most"
-    bound = solution.info["error"][0]
+    bound = solution.info["error_bound"][0]
     assert energy_error(M, solution.value, exact) <= bound.value
     history = solution.info["energy"][0]
     true = np.array(errors_by_step(A, b, exact, 120))
@@ -147,14 +147,14 @@ def test_bound_from_the_structure_and_estimate_without() -> None:
     b = random(n)
     H = function(M, {"positive_semidefinite"})
     shifted = solve(H + 1e-3 * Identity(n), b, CG(rtol=1e-6, error_bound=True))
-    bound = shifted.info["error"][0]
+    bound = shifted.info["error_bound"][0]
     assert (bound.guarantee, bound.smallest) == (Guarantee.bound, 1e-3)
     exact = solution_of(M + 1e-3 * torch.eye(n, dtype=F64), b)
     total = M + 1e-3 * torch.eye(n, dtype=F64)
     assert energy_error(total, shifted.value, exact) <= bound.value
     assert str(bound).startswith("||x - x*||_A <= ")
     plain = solve(function(definite(n), {"positive_definite"}), b, CG(error_bound=True))
-    estimate = plain.info["error"][0]
+    estimate = plain.info["error_bound"][0]
     assert estimate.guarantee is Guarantee.estimate
     assert str(estimate).startswith("||x - x*||_A ~ ")
     error = energy_error(definite(n), plain.value, solution_of(definite(n), b))
@@ -162,7 +162,7 @@ def test_bound_from_the_structure_and_estimate_without() -> None:
     report = plain.certificate()
     assert report["error"] == estimate.value
     assert report["error_guarantee"] == "estimate"
-    assert "error" not in solve(H + Identity(n), b, CG()).info
+    assert "error_bound" not in solve(H + Identity(n), b, CG()).info
 
 
 @pytest.mark.parametrize("b_scale", [1.0, 1e120])
@@ -174,11 +174,11 @@ def test_preconditioned(b_scale: float) -> None:
     exact = solution_of(total, b)
     recipe = CG(rtol=1e-5, preconditioner=Nystrom(rank=20), error_bound=True)
     solution = solve(A, b, recipe)
-    bound = solution.info["error"][0]
+    bound = solution.info["error_bound"][0]
     assert (bound.guarantee, bound.smallest) == (Guarantee.bound, 1e-4)
     error = b_scale * energy_error(total, solution.value / b_scale, exact / b_scale)
     assert error <= bound.value
-    unknown = solve(function(total, {"positive_definite"}), b, recipe).info["error"][0]
+    unknown = solve(function(total, {"positive_definite"}), b, recipe).info["error_bound"][0]
     assert unknown.guarantee is Guarantee.estimate
     assert error / 30 <= unknown.value <= 30 * error
 
@@ -190,20 +190,20 @@ def test_blocks_zero_columns_and_limits() -> None:
     solution = solve(A, B, CG(rtol=1e-4, error_bound=0.02))
     exact = solution_of(A.matrix, B)
     for j in range(3):
-        bound = solution.info["error"][j]
+        bound = solution.info["error_bound"][j]
         assert isinstance(bound, ErrorBound)
         assert energy_error(A.matrix, solution.value[:, j], exact[:, j]) <= bound.value
-    assert solution.info["error"][1].value == 0
+    assert solution.info["error_bound"][1].value == 0
     early = solve(A, B[:, 0], CG(max_steps=3, error_bound=0.02), throw=False)
     assert early.status is SolveStatus.max_steps
     error = energy_error(A.matrix, early.value, exact[:, 0])
-    assert error <= early.info["error"][0].value < 50 * error
+    assert error <= early.info["error_bound"][0].value < 50 * error
     none = solve(A, B[:, 0], CG(max_steps=0, error_bound=0.02), throw=False)
-    assert energy_error(A.matrix, none.value, exact[:, 0]) <= none.info["error"][0].value
+    assert energy_error(A.matrix, none.value, exact[:, 0]) <= none.info["error_bound"][0].value
     started = solve(A, B[:, 0], CG(rtol=1e-4, error_bound=0.02), x0=exact[:, 0] + 1e-3 * random(n))
     error = energy_error(A.matrix, started.value, exact[:, 0])
-    assert error <= started.info["error"][0].value
-    assert math.isnan(started.info["error"][0].relative)
+    assert error <= started.info["error_bound"][0].value
+    assert math.isnan(started.info["error_bound"][0].relative)
 
 
 def test_at_the_limit_of_float32() -> None:
@@ -213,7 +213,7 @@ def test_at_the_limit_of_float32() -> None:
     assert solution.status is SolveStatus.precision
     exact = solution_of(A.matrix, random(n).float())
     error = energy_error(A.matrix.double(), solution.value, exact)
-    assert error <= solution.info["error"][0].value
+    assert error <= solution.info["error_bound"][0].value
 
 
 def test_false_bound_is_found_out() -> None:

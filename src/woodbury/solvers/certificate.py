@@ -73,7 +73,7 @@ class ErrorBound:
         >>> from woodbury import CG, Diagonal, solve
         >>> A = Diagonal(torch.linspace(1.0, 9.0, 50), tags={"positive_definite"})
         >>> solution = solve(A, torch.ones(50), CG(rtol=1e-2, error_bound=True))
-        >>> print(solution.info["error"][0])
+        >>> print(solution.info["error_bound"][0])
         ||x - x*||_A <= ... (a bound: a lower bound on the smallest eigenvalue ...
     """
 

@@ -49,7 +49,7 @@ class CG(Preconditioned):
         max_steps: limit of steps; default ``10 n``.
         preconditioner: $M \approx A^{-1}$, hermitian positive definite: an operator, or a recipe
             that prepares one (``Nystrom(rank=20)``).
-        error_bound: whether ``info["error"]`` tells, for each column, how large $\|x -
+        error_bound: whether ``info["error_bound"]`` tells, for each column, how large $\|x -
             A^{-1}b\|_A$ is at most, as an :class:`~woodbury.solvers.ErrorBound`, and
             ``info["energy"]`` how it fell from step to step. It is a bound where a lower bound of
             the smallest eigenvalue of ``A`` is known: the number given here (in the unit of ``A``),
@@ -100,7 +100,7 @@ class CG(Preconditioned):
         outcome = loop.run(self.limit(problem.A))
         given = None if self.error_bound is True else float(self.error_bound)
         bounds = EnergyBounds(problem, given, preconditioned=state.preconditioner is not None)
-        outcome.info["error"] = [bounds.of(column) for column in loop.all_columns]
+        outcome.info["error_bound"] = [bounds.of(column) for column in loop.all_columns]
         outcome.info["energy"] = bounds.histories
         return outcome
 

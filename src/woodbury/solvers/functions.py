@@ -83,8 +83,8 @@ def matrix_function(
 
     With $A Q_m = Q_m T_m + \dots$ started from $b$, $y_m = \|b\|\,Q_m f(T_m) e_1$. It is exact
     where $f$ is a polynomial of degree below ``m``, and its error is at most $2 \|b\|$ times that
-    of the best polynomial of degree $m - 1$ on the spectrum. It stops when the estimated error of no
-    column is above ``rtol``. The value is differentiable with respect to ``b``, to any order:
+    of the best polynomial of degree $m - 1$ on the spectrum. It stops when the estimated error of
+    no column is above ``rtol``. The value is differentiable with respect to ``b``, to any order:
     $f(A)$ is hermitian for real $f$, so a gradient $g$ becomes $f(A)\,g$.
 
     Args:

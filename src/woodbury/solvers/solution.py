@@ -153,8 +153,8 @@ class Solution:
             "products": self.products,
             "recipe": repr(self.recipe),
         }
-        if "error" in self.info:
-            worst = max(self.info["error"], key=lambda error: error.value)
+        if "error_bound" in self.info:
+            worst = max(self.info["error_bound"], key=lambda error: error.value)
             found["error"] = worst.value
             found["error_norm"] = worst.norm
             found["error_guarantee"] = worst.guarantee.name
