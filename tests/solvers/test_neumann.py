@@ -15,7 +15,7 @@ from tests.solvers.systems import (
     with_spectrum,
 )
 
-from woodbury import CG, Diagonal, Identity, Neumann, solve
+from woodbury import CG, Dense, Diagonal, GaussSeidel, Identity, Jacobi, Neumann, inverse, solve
 from woodbury.errors import ArgumentError, NonFiniteError, SolveError, TagError
 from woodbury.solvers import SolveStatus
 
@@ -158,7 +158,7 @@ def test_converged_to_rounding_is_not_taken_for_divergence() -> None:
 
 def test_step_is_needed_where_it_cannot_be_found() -> None:
     A = function(definite() + torch.triu(random(N, N), 1), set())
-    with pytest.raises(TagError, match=r"finds its step for hermitian operators only.*give step"):
+    with pytest.raises(TagError, match=r"bounds the spectrum of hermitian operators only.*give step"):
         solve(A, random(N), Neumann(terms=3))
 
 
@@ -184,3 +184,52 @@ def test_largest_eigenvalue_out_of_range() -> None:
     tiny = Diagonal(torch.full((3,), 1e-310, dtype=F64), tags={"positive_definite"})
     with pytest.raises(NonFiniteError, match="there is no step"):
         solve(tiny, random(3), Neumann(terms=1))
+
+
+# ------------------------------------------------------------ with a preconditioner
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 7])
+def test_preconditioned_series_is_its_summands(terms: int) -> None:
+    M, B, P = definite(), random(N, 2), definite(condition=5, seed=7)
+    G = eye(N) - 0.7 * P @ M
+    want = 0.7 * sum(torch.linalg.matrix_power(G, j) @ P @ B for j in range(terms + 1))
+    for b in (B, B[:, 0].contiguous()):
+        solution = solve(spd(M), b, Neumann(terms, step=0.7, preconditioner=spd(P)))
+        assert error_of(solution.value, want if b.dim() == 2 else want[:, 0]) < 1e-12
+        assert solution.status is SolveStatus.completed
+    recipe = Neumann(terms, step=0.7, preconditioner=spd(P))
+    operator = recipe.as_preconditioner(spd(M), recipe.prepare(spd(M)))
+    assert error_of(operator @ B, want) < 1e-12
+    assert error_of(operator.to_dense(), operator.to_dense().mT) < 1e-12
+
+
+def test_preconditioner_finds_its_step_and_saves_terms() -> None:
+    scales = torch.logspace(0, 3, N, dtype=F64)
+    M = scales[:, None] * definite(condition=5) * scales
+    A, b = spd(M), random(N)
+    helped = solve(A, b, Neumann(terms=60, preconditioner=Jacobi()))
+    assert helped.residual < 1e-4 < solve(A, b, Neumann(terms=60)).residual
+    jacobi = M / M.diagonal()[:, None]
+    top = float(torch.linalg.eigvals(jacobi).real.max())
+    assert helped.info["step"] == pytest.approx(1 / top, rel=0.05)
+    assert error_of(solve(A, b, CG(preconditioner=Neumann(2, None, Jacobi()))).value, b) > 0
+
+
+def test_preconditioned_series_of_a_nonsymmetric_matrix_and_its_adjoint() -> None:
+    M = 3 * eye(N) + 0.3 * random(N, N)
+    A, c = Dense(M), random(N)
+    recipe = Neumann(terms=5, step=0.9, preconditioner=GaussSeidel())
+    backward = inverse(A, recipe).rmatmat(c)
+    forward = inverse(A, recipe).to_dense()
+    assert error_of(backward, forward.T @ c) < 1e-12
+    b = random(N).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(solve(A, b, recipe).value @ c, b)
+    assert error_of(gradient, forward.T @ c) < 1e-12
+
+
+def test_preconditioned_series_that_diverges() -> None:
+    A, b = spd(definite()), random(N)
+    solution = solve(A, b, Neumann(500, step=50.0, preconditioner=Jacobi()), throw=False)
+    assert solution.status is SolveStatus.diverged
+    assert torch.isfinite(solution.value).all()

@@ -29,6 +29,7 @@ from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.lsqr import LSQR
 from woodbury.solvers.lu import LU
 from woodbury.solvers.minres import MINRES
+from woodbury.solvers.nearest_kronecker import NearestKronecker
 from woodbury.solvers.neumann import Neumann
 from woodbury.solvers.nystrom import Nystrom
 from woodbury.solvers.qr import QR
@@ -74,6 +75,7 @@ __all__ = [
     "InverseOperator",
     "Jacobi",
     "MatrixFunction",
+    "NearestKronecker",
     "Neumann",
     "Nystrom",
     "Recipe",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from woodbury.decompositions.power import extreme_eigenvalues
-from woodbury.errors import ArgumentError, NonFiniteError, TagError
+from woodbury.errors import ArgumentError
 from woodbury.solvers.columns import norms
+from woodbury.solvers.preconditioned import KrylovState, preconditioning
 from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
+from woodbury.solvers.richardson import Richardson, find_spectrum, require_hermitian
 from woodbury.solvers.solution import SolveStatus
+from woodbury.solvers.stationary import Sweeps
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
@@ -25,17 +27,18 @@ _LANCZOS_STEPS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class NeumannState(State):
-    """The step length in use."""
+class NeumannState(KrylovState):
+    """The step length in use, beside the preconditioner."""
 
     step: float
 
 
 @dataclass(frozen=True)
 class Neumann(Recipe):
-    r"""$x = \alpha \sum_{j=0}^{K} (I - \alpha A)^j\, b$ with ``K = terms``: ``K + 1`` summands.
+    r"""$x = \alpha \sum_{j=0}^{K} (I - \alpha M A)^j M\, b$ with ``K = terms``: ``K + 1`` summands.
 
-    The error relative to $A^{-1}b$ is at most $\|I - \alpha A\|^{K+1}$. $K$ steps of gradient
+    $M$ is the preconditioner, $I$ if there is none. The error relative to $A^{-1}b$ is at most
+    $\|I - \alpha M A\|^{K+1}$. Without preconditioner, $K$ steps of gradient
     descent of length $\alpha$ that are differentiated by unrolling give ``terms = K - 1``. The
     status is ``completed``: the series aims at no tolerance, the residual says what it reached. For
     a hermitian operator $\|b - A x\|$ cannot rise from one term to the next unless the series
@@ -43,16 +46,19 @@ class Neumann(Recipe):
 
     Args:
         terms: $K \ge 0$; ``K = 0`` is $x = \alpha b$.
-        step: $\alpha$, which must be below $2 / \lambda_{max}$. By default one over an upper bound
-            of $|\lambda|$ from 10 Lanczos steps. Needed where the operator is not hermitian.
+        step: $\alpha$, which must be below $2 / \lambda_{max}(M A)$. By default one over an upper
+            bound of $|\lambda(M A)|$ from 10 Lanczos steps. Needed where the operator or the
+            preconditioner is not hermitian.
+        preconditioner: $M$, an operator or a recipe (``Jacobi()``).
 
     Raises:
         ArgumentError: ``terms`` is negative or ``step`` is not positive.
-        TagError: no step is given and the operator is not tagged hermitian.
+        TagError: no step is given, and the operator or the preconditioner is not tagged hermitian.
         NonFiniteError: no step is given and a product is NaN or infinite.
+        NotPositiveDefiniteError: no step is given and the preconditioner is not positive definite.
 
-    Cost: ``terms`` products and one for the residual; 10 more, once, where the step is found.
-    Memory of 3 blocks ``[n, k]``.
+    Cost: ``terms`` products and one for the residual, ``terms + 1`` with the preconditioner; 10
+    more, once, where the step is found. Memory of 3 blocks ``[n, k]``, of 4 with a preconditioner.
 
     Source: Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit
     differentiation" (2020), algorithm 3, with the factor $\alpha$ that its pseudocode leaves out.
@@ -67,6 +73,7 @@ class Neumann(Recipe):
 
     terms: int
     step: float | None = None
+    preconditioner: LinearOperator | Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.terms < 0:
@@ -77,47 +84,60 @@ class Neumann(Recipe):
     def check(self, A: LinearOperator) -> None:
         """As for every recipe; a step can be found for hermitian operators only."""
         super().check(A)
-        if self.step is None and "hermitian" not in A.tags:
-            raise TagError(
-                f"Neumann finds its step for hermitian operators only, {type(A).__name__} has tags "
-                f"{sorted(A.tags)}: give step=... below 2 / (largest eigenvalue), or promise "
-                "'hermitian' where the operator is made"
-            )
+        if self.step is None:
+            require_hermitian(self, A, "step=... below 2 / (largest eigenvalue)")
 
     def _prepare(self, A: LinearOperator) -> NeumannState:
-        if self.step is not None:
-            return NeumannState.of(self, A, step=self.step)
-        found = extreme_eigenvalues(A, _LANCZOS_STEPS)
-        if found.radius == 0:  # the zero operator: any step is as good
-            return NeumannState.of(self, A, found.products, step=1.0)
-        step = 1 / found.radius
-        if not math.isfinite(step):
-            raise NonFiniteError(
-                f"the largest eigenvalue of {type(A).__name__} is about {found.radius}, so there "
-                "is no step; scale the operator"
-            )
-        return NeumannState.of(self, A, found.products, step=step)
+        # The series is Richardson's iteration, unrolled.
+        series = Richardson(step=self.step or 1.0, preconditioner=self.preconditioner)
+        state = series.prepare(A)
+        assert isinstance(state, KrylovState)  # made by Richardson
+        M, products, step = state.preconditioner, state.products, self.step
+        if step is None:
+            found = find_spectrum(A, M, _LANCZOS_STEPS)
+            products += found.products
+            step = 1 / (found.radius or 1.0)  # for the zero operator any step is as good
+        return NeumannState.of(self, A, products, preconditioner=M, step=step)
+
+    def adjoint_state(self, A: LinearOperator, state: State) -> State:
+        """The same step, and the adjoint of the preconditioner."""
+        assert isinstance(state, NeumannState)  # made by _prepare
+        M = state.preconditioner
+        return replace(state, shape=A.H.shape, preconditioner=None if M is None else M.H)
+
+    def as_preconditioner(self, A: LinearOperator, state: State) -> LinearOperator:
+        """The truncated series as an operator."""
+        assert isinstance(state, NeumannState)  # made by _prepare
+        if state.preconditioner is None:
+            return super().as_preconditioner(A, state)
+        return Sweeps(A, state.step * state.preconditioner, self.terms + 1)
 
     def _apply(self, A: LinearOperator, state: NeumannState, B: Tensor) -> Tensor:
-        X, V = state.step * B, B
+        precondition = preconditioning(state.preconditioner)
+        V = B
+        X = Z = B if precondition is None else precondition(B)
         for _ in range(self.terms):
-            V = V - state.step * (A @ V.to(A.dtype)).to(V.dtype)
-            X = X + state.step * V
-        return X
+            V = V - state.step * (A @ Z.to(A.dtype)).to(V.dtype)
+            Z = V if precondition is None else precondition(V)
+            X = X + Z
+        return state.step * X
 
     def _run(self, problem: Problem, state: NeumannState) -> Outcome:
-        return _Series(problem, state.step).run(self.terms)
+        return _Series(problem, state).run(self.terms)
 
 
 class _Series:
-    """Partial sums ``X`` and the next power ``V``, which is the residual of ``X``."""
+    """Partial sums ``X``, the residual ``V`` of ``X``, and the next summand ``step * Z``."""
 
-    def __init__(self, problem: Problem, step: float) -> None:
+    def __init__(self, problem: Problem, state: NeumannState) -> None:
         self.problem = problem
         self.space = problem.A.space
-        self.step = step
-        self.hermitian = "hermitian" in problem.A.tags
+        self.step = state.step
+        self.precondition = preconditioning(state.preconditioner)
+        # Residuals fall in a norm of their own where there is a preconditioner.
+        self.hermitian = "hermitian" in problem.A.tags and self.precondition is None
         self.X, self.V = problem.start()
+        self.Z = self.V
         self.smallest = norms(self.space, self.V)  # residual so far, per column
         self.now = list(self.smallest)
         self.stopped: dict[int, SolveStatus] = {}
@@ -129,7 +149,8 @@ class _Series:
         for term in range(terms + 1):
             if len(self.stopped) == self.problem.width:
                 break
-            self.X.add_(self.V, alpha=self.step)
+            self.Z = self.V if self.precondition is None else self.precondition(self.V)
+            self.X.add_(self.Z, alpha=self.step)
             last = term == terms
             # The last residual is taken from b, not from the recurrence: it goes into the result.
             W = self.problem.residual(self.X) if last else self.next_power()
@@ -146,7 +167,7 @@ class _Series:
         )
 
     def next_power(self) -> Tensor:
-        return self.V - self.step * self.problem.product(self.V)
+        return self.V - self.step * self.problem.product(self.Z)
 
     def judge(self, found: list[float], W: Tensor) -> list[float]:
         """Stop the columns whose residual rises, one term back; returns the residuals in force."""
@@ -158,9 +179,9 @@ class _Series:
             self.stopped[j] = SolveStatus.diverged if finite else SolveStatus.non_finite
             found[j] = self.now[j]
             if self.X.dim() == 1:
-                self.X.sub_(self.V, alpha=self.step)
+                self.X.sub_(self.Z, alpha=self.step)
             else:
-                self.X[:, j].sub_(self.V[:, j], alpha=self.step)
+                self.X[:, j].sub_(self.Z[:, j], alpha=self.step)
         for j in self.stopped:
             found[j] = self.now[j]
             (W if W.dim() == 1 else W[:, j]).zero_()
