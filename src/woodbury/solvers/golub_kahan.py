@@ -34,9 +34,11 @@ class Column:
         self.seen = False  # whether its value is stored
         self.alpha = self.beta = 0.0
         self.residual = self.gradient = 0.0
+        self.first = 0.0  # the first residual of K
         self.entries: list[float] = []
         self.largest, self.smallest = 0.0, math.inf  # singular values of the bidiagonal matrices
-        self.factor = 1.0  # by how much more than the tolerance is asked of the recurrences
+        # What the recurrences have to reach: the residual, or the gradient relative to both norms.
+        self.target = self.relative = 0.0
         self.last = (math.inf, math.inf)  # true residual and gradient at the last restart
         self.true_residual = self.normal_residual = math.nan
 
@@ -56,6 +58,15 @@ class Column:
     def advance(self, beta: float, alpha: float) -> None:
         """What a method makes of the entries."""
         raise NotImplementedError
+
+    def claims(self, norm: float) -> bool:
+        """Whether the recurrences say that it is done, ``norm`` being that of ``K``."""
+        return self.residual <= self.target or self.gradient <= self.relative * norm * self.residual
+
+    def ask(self, factor: float, eps: float) -> None:
+        """Ask more of the recurrences; what is smaller than rounding is zero to them."""
+        self.target = max(factor * self.target, eps / 4 * self.first)
+        self.relative = max(factor * self.relative, eps / 4)
 
     def measure(self) -> None:
         """Take the extreme singular values of the bidiagonal matrix into account."""
@@ -92,19 +103,24 @@ class Bidiagonalization:
         self.Y = torch.zeros_like(self.base) if self.system.right else self.base
         shape = (problem.A.shape[1], *problem.b.shape[1:])
         self.value = problem.b.new_zeros(shape)
-        self.firsts = [0.0] * problem.width  # norms of the first residual of K
         view = self.system.look(self.base, None, first=True)
         # Copies: what an operator returns is not to be written on.
         self.U, self.V = view.U.clone(), view.V.clone()
         self.aux: list[Tensor] = []
         for j, column in enumerate(self.columns):
-            self.firsts[j] = view.u_norms[j]
+            column.first = view.u_norms[j]
+            column.relative = self.rtol
+            if self.system.left:
+                column.target = self.rtol * column.first
+            elif not recipe.damping:
+                column.target = self.tolerances[j]
+            column.ask(1.0, self.eps)
             self._begin(j, view, j)
             self._judge(column, view, j, first=True)
             if column.status is not None:
                 self._store(column, self.base, j)
-        _scale(self.U, [_reciprocal(c.beta) for c in self.columns])
-        _scale(self.V, [_reciprocal(c.alpha * c.beta) for c in self.columns])
+        _divide(self.U, [c.beta for c in self.columns])
+        _divide(self.V, [c.alpha * c.beta for c in self.columns])
 
     # ------------------------------------------------------------ what a method adds
 
@@ -136,47 +152,29 @@ class Bidiagonalization:
 
     def _advance(self) -> None:
         system, columns = self.system, self.columns
-        KV = system.forward(self.V)
-        add_columns(KV, [-c.alpha for c in columns], self.U, out=self.U)
+        add_columns(system.forward(self.V), [-c.alpha for c in columns], self.U, out=self.U)
         betas = system.u_norms(self.U)
-        _scale(self.U, [_reciprocal(beta) for beta in betas])
-        for column, beta in zip(columns, betas, strict=True):
-            # A v = alpha u + beta u': the norm of a column of the bidiagonal matrix.
-            self.norm = max(self.norm, math.hypot(column.alpha, beta))
-        KU = system.backward(self.U)
-        add_columns(KU, [-beta for beta in betas], self.V, out=self.V)
+        _divide(self.U, betas)
+        add_columns(system.backward(self.U), [-beta for beta in betas], self.V, out=self.V)
         alphas = system.v_norms(self.V)
-        _scale(self.V, [_reciprocal(alpha) for alpha in alphas])
+        _divide(self.V, alphas)
         ended = False
-        for j, column in enumerate(columns):
-            if not (math.isfinite(alphas[j]) and math.isfinite(betas[j])):
+        for column, beta, alpha in zip(columns, betas, alphas, strict=True):
+            if not alpha + beta < math.inf:
                 column.status, ended = SolveStatus.non_finite, True
                 continue
-            column.step(betas[j], alphas[j])
+            # A v = alpha u + beta u': the norm of a column of the bidiagonal matrix.
+            self.norm = max(self.norm, math.hypot(column.alpha, beta))
+            column.step(beta, alpha)
         if ended:
             self._leave()
             if not self.columns:
                 return
         self.update()
-        claims = [j for j, column in enumerate(self.columns) if self._claims(column)]
+        claims = [j for j, column in enumerate(self.columns) if column.claims(self.norm)]
         if claims:
             self._look(claims)
             self._leave()
-
-    def _claims(self, column: Column) -> bool:
-        """Whether the recurrences of a column say that it is done."""
-        first = self.firsts[column.index]
-        if self.system.left:
-            target = self.rtol * first
-        else:
-            target = 0.0 if self.recipe.damping else self.tolerances[column.index]
-        # What is smaller than rounding cannot be told from zero.
-        rtol = max(column.factor * self.rtol, self.eps / 4)
-        return (
-            column.residual <= max(column.factor * target, first * self.eps / 4)
-            or column.gradient <= rtol * self.norm * column.residual
-            or 0.0 in (column.alpha, column.beta)
-        )
 
     def _iterates(self, columns: Sequence[int]) -> Tensor:
         """The iterates of some running columns, as a block or vector of their own."""
@@ -202,7 +200,7 @@ class Bidiagonalization:
             if column.status is None and final:
                 column.status = SolveStatus.max_steps
             elif column.status is None and not (drifted or 0.0 in (column.alpha, column.beta)):
-                column.factor *= self._tighter(column)
+                column.ask(self._tighter(column), self.eps)
             elif column.status is None:
                 now = (view.stacked[place], view.gradients[place])
                 if now[0] > 0.5 * column.last[0] and now[1] > 0.5 * column.last[1]:
@@ -331,12 +329,13 @@ def _reciprocal(number: float) -> float:
     return 1 / number if number > 0 else 0.0
 
 
-def _scale(X: Tensor, factors: Sequence[float]) -> None:
-    """Multiply the columns of ``X``."""
+def _divide(X: Tensor, norms: Sequence[float]) -> None:
+    """Divide the columns of ``X`` by their norms; zero columns stay what they are."""
     if X.dim() == 1:
-        X.mul_(factors[0])
+        X.mul_(_reciprocal(norms[0]))
     else:
-        X.mul_(torch.tensor(factors, dtype=torch.float64, device=X.device).to(X.dtype))
+        factors = torch.tensor([_reciprocal(norm) for norm in norms], dtype=torch.float64)
+        X.mul_(factors.to(X.dtype).to(X.device))
 
 
 def _column(X: Tensor, j: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,12 +12,18 @@ from torch import Tensor
 
 from woodbury.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from woodbury.operators.base import LinearOperator
-from woodbury.solvers.columns import norms, take
+from woodbury.solvers.columns import norms
 from woodbury.solvers.preconditioned import KrylovState, Preconditioned
 from woodbury.solvers.recipe import Problem, State
 from woodbury.spaces import Space
 
-__all__ = ["LeastSquares", "LeastSquaresState", "System"]
+__all__ = ["LeastSquares", "LeastSquaresState", "System", "View"]
+
+# Below this the sum of squares of a vector has lost digits to underflow.
+_TINY = {
+    dtype: math.sqrt(torch.finfo(dtype).tiny) / torch.finfo(dtype).eps
+    for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +104,7 @@ class System:
         self.M = state.preconditioner
         second = damping > 0
         self.right = self.M is not None and not self.left
+        self.plain = self.M is None and not second
         self.u_parts: list[Space] = [A.out_space]
         self.v_parts: list[Space] = [A.space]
         if second:
@@ -125,6 +132,8 @@ class System:
 
     def forward(self, V: Tensor) -> Tensor:
         """``K V``."""
+        if self.plain:
+            return self.problem.product(V)
         if self.left:
             n = self.A.shape[1]
             U = self.problem.product(V[:n])
@@ -139,6 +148,8 @@ class System:
 
     def backward(self, U: Tensor) -> Tensor:
         """``K^H U``."""
+        if self.plain:
+            return self.problem.adjoint_product(U)
         if self.left:
             W = self._adjoint_precondition(U)
             V = self.problem.adjoint_product(W)
@@ -218,22 +229,26 @@ class View:
 
 def _stacked_norms(parts: Sequence[Space], X: Tensor) -> list[float]:
     """Norms of stacked columns, also where the squares of small entries would vanish."""
-    found = _plain_norms(parts, X)
-    tiny = math.sqrt(torch.finfo(X.dtype).tiny) / torch.finfo(X.dtype).eps
-    small = [j for j, norm in enumerate(found) if norm < tiny]
-    if small:
-        block = take(X, small)
-        largest = block.abs().amax(dim=0).tolist() if block.shape[0] else [0.0] * len(small)
-        for place, j in enumerate(small):
-            if largest[place] > 0:
-                column = block[:, place] / largest[place]
-                found[j] = _plain_norms(parts, column)[0] * largest[place]
+    if len(parts) == 1:
+        found = norms(parts[0], X)
+    else:
+        found = [math.hypot(*pair) for pair in _split_norms(parts, X)]
+    tiny = _TINY[X.dtype]
+    for j, norm in enumerate(found):
+        if norm < tiny:
+            found[j] = _scaled_norm(parts, X if X.dim() == 1 else X[:, j])
     return found
 
 
-def _plain_norms(parts: Sequence[Space], X: Tensor) -> list[float]:
-    if len(parts) == 1:
-        return norms(parts[0], X)
+def _split_norms(parts: Sequence[Space], X: Tensor) -> Iterable[tuple[float, float]]:
     split = parts[0].dim
-    pairs = zip(norms(parts[0], X[:split]), norms(parts[1], X[split:]), strict=True)
-    return [math.hypot(*pair) for pair in pairs]
+    return zip(norms(parts[0], X[:split]), norms(parts[1], X[split:]), strict=True)
+
+
+def _scaled_norm(parts: Sequence[Space], x: Tensor) -> float:
+    largest = x.abs().amax().item() if x.numel() else 0.0
+    if largest == 0:
+        return 0.0
+    x = x / largest
+    inside = norms(parts[0], x) if len(parts) == 1 else next(iter(_split_norms(parts, x)))
+    return math.hypot(*inside) * largest
