@@ -1,5 +1,6 @@
 """Recipes for ``A^-1 b`` and what they return."""
 
+from woodbury.solvers.auto import Auto, AutoState, Choice
 from woodbury.solvers.bicgstab import BiCGSTAB
 from woodbury.solvers.block_jacobi import BlockJacobi
 from woodbury.solvers.certificate import (
@@ -15,7 +16,7 @@ from woodbury.solvers.cg import CG
 from woodbury.solvers.chebyshev import Chebyshev
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.cur import CUR
-from woodbury.solvers.deflation import Deflation, DeflationState
+from woodbury.solvers.deflation import Deflation
 from woodbury.solvers.eigh import Eigh
 from woodbury.solvers.functions import MatrixFunction, matrix_function
 from woodbury.solvers.gauss_seidel import GaussSeidel
@@ -24,6 +25,7 @@ from woodbury.solvers.gmres import GMRES
 from woodbury.solvers.incomplete import IncompleteCholesky, IncompleteLU
 from woodbury.solvers.inverse import InverseOperator, inverse
 from woodbury.solvers.jacobi import Jacobi
+from woodbury.solvers.kaczmarz import Kaczmarz
 from woodbury.solvers.ldl import LDL
 from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.lsqr import LSQR
@@ -36,6 +38,7 @@ from woodbury.solvers.qr import QR
 from woodbury.solvers.recipe import Recipe, State
 from woodbury.solvers.richardson import Richardson
 from woodbury.solvers.sketch_precondition import SketchPrecondition
+from woodbury.solvers.sketch_project import SketchProject
 from woodbury.solvers.solution import Solution, SolveReport, SolveStatus
 from woodbury.solvers.solve import SolveWarning, solve
 from woodbury.solvers.sor import SOR
@@ -58,12 +61,14 @@ __all__ = [
     "SOR",
     "SSOR",
     "UTV",
+    "Auto",
+    "AutoState",
     "BiCGSTAB",
     "BlockJacobi",
     "Chebyshev",
+    "Choice",
     "Cholesky",
     "Deflation",
-    "DeflationState",
     "Eigh",
     "EnergyHistory",
     "ErrorBound",
@@ -74,6 +79,7 @@ __all__ = [
     "IncompleteLU",
     "InverseOperator",
     "Jacobi",
+    "Kaczmarz",
     "MatrixFunction",
     "NearestKronecker",
     "Neumann",
@@ -81,6 +87,7 @@ __all__ = [
     "Recipe",
     "Richardson",
     "SketchPrecondition",
+    "SketchProject",
     "Solution",
     "SolveReport",
     "SolveStatus",

@@ -19,6 +19,7 @@ from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.preconditioned import Iterative
 from woodbury.solvers.recipe import Outcome, Problem, State
 from woodbury.solvers.solution import SolveStatus
+from woodbury.solvers.whitening import Whitened, Whitener
 from woodbury.spaces import Space
 
 if TYPE_CHECKING:
@@ -53,33 +54,6 @@ class SketchState(State):
     wide: bool
 
 
-class Whitener(LinearOperator):
-    r"""$R^{-1}$ of a triangular factor, or $V\Sigma^{-1}$ where it is singular.
-
-    Args:
-        factor: $R$ ``[n, n]``, upper triangular, or $V \Sigma^{-1}$ ``[n, r]``.
-        triangular: which of the two.
-        dtype: of the vectors.
-    """
-
-    def __init__(self, factor: Tensor, triangular: bool, dtype: torch.dtype, space: Space) -> None:
-        rows, columns = factor.shape
-        super().__init__((rows, columns), dtype=dtype, device=factor.device, out_space=space)
-        self.factor, self.triangular = factor, triangular
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        wide = X.to(self.factor.dtype)
-        if self.triangular:
-            return torch.linalg.solve_triangular(self.factor, wide, upper=True).to(X.dtype)
-        return (self.factor @ wide).to(X.dtype)
-
-    def _rmatmat(self, Y: Tensor) -> Tensor:
-        wide = Y.to(self.factor.dtype)
-        if self.triangular:
-            return torch.linalg.solve_triangular(self.factor.mH, wide, upper=False).to(Y.dtype)
-        return (self.factor.mH @ wide).to(Y.dtype)
-
-
 @dataclass(frozen=True)
 class SketchPrecondition(Iterative):
     r"""Least squares whose iterations do not depend on the condition number.
@@ -93,9 +67,9 @@ class SketchPrecondition(Iterative):
     the start and the restarts are what makes the method backward stable.
 
     Where ``A`` is wide its adjoint is sketched, and the iteration is LSMR on
-    $R^{-H} A x = R^{-H} b$, whose solution from ``x0 = 0`` is that of smallest norm. Where the sketch is singular its
-    singular value decomposition $V \Sigma^{-1}$ takes the place of $R^{-1}$, and the solution of
-    smallest norm is found, too.
+    $R^{-H} A x = R^{-H} b$, whose solution from ``x0 = 0`` is that of smallest norm. Where the
+    sketch is singular its singular value decomposition $V \Sigma^{-1}$ takes the place of
+    $R^{-1}$, and the solution of smallest norm is found, too.
 
     ``converged`` where the true $\|b - A x\|$ is within ``rtol`` $\|b\|$; ``least_squares`` where
     $\|(A R^{-1})^H r\|$ is within ``rtol`` $\|A R^{-1}\| \|r\|$. That is more than
@@ -343,27 +317,6 @@ class _Run:
     def outside(self, j: int) -> bool:
         """Whether what is left is outside the range, where a wide operator's rows are whitened."""
         return not self.state.wide or self.normal[j] <= self.recipe.rtol
-
-
-class Whitened(LinearOperator):
-    """``A N``, or ``N^H A``; its products are counted as those of ``A`` by the problem."""
-
-    def __init__(self, whitener: Whitener, problem: Problem, *, left: bool) -> None:
-        A = problem.A
-        rank = whitener.shape[1]
-        shape = (rank, A.shape[1]) if left else (A.shape[0], rank)
-        super().__init__(shape, dtype=whitener.dtype, device=A.device)
-        self.whitener, self.problem, self.left = whitener, problem, left
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        if self.left:
-            return self.whitener._rmatmat(self.problem.product(X))
-        return self.problem.product(self.whitener._matmat(X))
-
-    def _rmatmat(self, Y: Tensor) -> Tensor:
-        if self.left:
-            return self.problem.adjoint_product(self.whitener._matmat(Y))
-        return self.whitener._rmatmat(self.problem.adjoint_product(Y))
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:

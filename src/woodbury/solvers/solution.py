@@ -49,7 +49,7 @@ class SolveStatus(Enum):
         "damping or give a better preconditioner"
     )
     inconsistent = (
-        "A is singular and b is not in its range, so A x = b has no solution: the value is the "
+        "b is not in the range of A, so A x = b has no solution: the value is the "
         "least-squares solution of smallest norm; add damping or accept it with throw=False"
     )
     diverged = (
