@@ -6,6 +6,7 @@ import typer
 
 from woodbury import __version__
 from woodbury.cli.clean import clean
+from woodbury.cli.spectrum import spectrum
 
 __all__ = ["app"]
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("clean")(clean)
+app.command("spectrum")(spectrum)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,89 @@
+"""The report: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+
+from woodbury.apps.clean.report import TEMPLATES as SHARED
+from woodbury.apps.clean.state import atomic
+from woodbury.apps.spectrum.charts import density_chart, distribution_chart
+
+if TYPE_CHECKING:
+    from woodbury.spectra import SpectralDensity
+
+__all__ = ["write_report"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(summary: dict[str, Any], found: SpectralDensity, path: Path) -> Path:
+    """Write the report of a run, whole or not at all.
+
+    Args:
+        summary: what ``summary.json`` holds.
+        found: the density.
+        path: the HTML file.
+
+    Returns:
+        The path.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("spectrum.html.j2").render(_context(summary, found))
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _context(summary: dict[str, Any], found: SpectralDensity) -> dict[str, Any]:
+    x, y = found.grid(1024)
+    nodes = found.nodes.flatten()
+    order = nodes.argsort()
+    weights = found.weights.flatten() / len(found.nodes)
+    least = 0.1 / (found.n * found.smoothing() * (2 * torch.pi) ** 0.5)
+    return {
+        "summary": summary,
+        "style": Markup((SHARED / "report.css").read_text(encoding="utf-8")),
+        "verdict": _verdict(summary),
+        "density": density_chart(x.numpy(), y.numpy(), least),
+        "distribution": distribution_chart(nodes[order].numpy(), weights[order].numpy()),
+        "lines": list(summary["quantities"].values()),
+        "how": _how(summary),
+        "facts": [(name.replace("_", " "), value) for name, value in summary["source"].items()],
+    }
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    low, high = summary["support"]
+    negative = summary["quantities"]["negative"]
+    text = f"{summary['size']:,} eigenvalues between {low:.4g} and {high:.4g}"
+    if negative["exact"]:
+        return f"{text}; {round(negative['value']):,} of them are negative or zero."
+    share = negative["value"] / summary["size"]
+    return f"{text}; about {share:.0%} of them are negative or zero."
+
+
+def _how(summary: dict[str, Any]) -> str:
+    method = summary["method"]
+    if summary["exact"]:
+        return (
+            f"The matrix is small: it was formed with {summary['products']:,} products, and all of "
+            "its eigenvalues were computed."
+        )
+    return (
+        f"Stochastic Lanczos quadrature: {method['steps']} steps from each of {method['probes']} "
+        f"random vectors, seed {summary['seed']}, reorthogonalisation: "
+        f"{method['reorthogonalize']}. The ends of the spectrum are the outermost Ritz values, "
+        "moved outwards by their error bounds. Intervals come from the spread over the random "
+        "vectors, and from the quadrature."
+    )

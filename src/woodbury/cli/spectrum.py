@@ -1,0 +1,167 @@
+"""``woodbury spectrum``: draw the spectral density of a matrix or of a model's curvature."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from woodbury.errors import WoodburyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from woodbury.apps.spectrum import SpectrumResult
+
+__all__ = ["spectrum"]
+
+MISTAKE = 2
+INTERRUPTED = 130
+DEFAULT_FOLDER = "woodbury-spectrum"
+
+
+def spectrum(
+    matrix: Annotated[
+        Path | None,
+        typer.Argument(help="Matrix Market file, .mtx or .mtx.gz.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Instead of a MATRIX: a function of yours that builds the network. Its module is "
+            "imported from the current folder, that is, run.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.safetensors", help="Weights of the network."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Data of the network: arrays X and y."),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(metavar="cross_entropy|mse|bce", help="Loss of the network.")
+    ] = "cross_entropy",
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--matrix",
+            metavar="hessian|gauss-newton|fisher",
+            help="Which curvature of the network.",
+        ),
+    ] = "hessian",
+    l2: Annotated[float, typer.Option(help="Regulariser of the network.")] = 0.0,
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="auto|float32|float64", help="Precision; auto: that of the network."),
+    ] = "auto",
+    gram: Annotated[
+        bool, typer.Option("--gram", help="Draw AᵀA of the matrix: squared singular values.")
+    ] = False,
+    symmetric_part: Annotated[
+        bool, typer.Option("--symmetric-part", help="Draw (A + Aᵀ) / 2 of the matrix.")
+    ] = False,
+    probes: Annotated[int, typer.Option(help="Random vectors.")] = 10,
+    steps: Annotated[int, typer.Option(help="Lanczos steps from each.")] = 80,
+    seed: Annotated[int, typer.Option(help="Of the random vectors.")] = 0,
+    budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory that may be used, like 2GiB or 500MB.")
+    ] = "2GiB",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help=f"Folder for the results. [default: {DEFAULT_FOLDER}/NAME]",
+        ),
+    ] = None,
+) -> None:
+    """Draw the spectral density of MATRIX, or of the curvature of a network.
+
+    Writes spectrum.html, which opens in any browser, offline, and summary.json with the numbers.
+    """
+    from rich.console import Console
+
+    errors = Console(stderr=True)
+    name = matrix.name.split(".mtx")[0] if matrix else (model or "").replace(":", "-")
+    try:
+        from woodbury.apps.spectrum import spectrum as job
+
+        result = job(
+            matrix,
+            model=model,
+            weights=weights,
+            data=data,
+            criterion=criterion,
+            kind=kind,
+            l2=l2,
+            dtype=dtype,
+            gram=gram,
+            symmetric_part=symmetric_part,
+            probes=probes,
+            steps=steps,
+            seed=seed,
+            budget=budget,
+            out=out or Path(DEFAULT_FOLDER) / name,
+            progress=True,
+        )
+    except WoodburyError as error:
+        _say(errors, "Error", str(error))
+        raise typer.Exit(MISTAKE) from None
+    except KeyboardInterrupt:
+        _say(errors, "Stopped", "Nothing was written.")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if os.environ.get("WOODBURY_DEBUG"):
+            raise
+        kind_of = "Out of memory" if isinstance(error, MemoryError) else "Failed"
+        said = " ".join(str(error).split())[:400] or "no message"
+        _say(errors, kind_of, f"{type(error).__name__}: {said}")
+        _say(errors, "", "Set WOODBURY_DEBUG=1 for the traceback to report.")
+        raise typer.Exit(1) from None
+    _summarise(Console(), result)
+
+
+def _say(console: Console, kind: str, text: str) -> None:
+    """Print a message as it is: no markup in it, no line broken, so that it can be copied."""
+    from rich.text import Text
+
+    line = Text(f"{kind}: ", style="bold red") if kind else Text()
+    console.print(
+        line.append(" ".join(text.split()), style="default"), soft_wrap=True, highlight=False
+    )
+
+
+def _summarise(console: Console, result: SpectrumResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = result.summary
+    low, high = summary["support"]
+    console.print(
+        Text(
+            f"{summary['size']:,} eigenvalues of {summary['name']}, from {low:.6g} to {high:.6g}."
+        ),
+        soft_wrap=True,
+    )
+    shown = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("", "value", "95 % interval"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for line in summary["quantities"].values():
+        within = "exact" if line["exact"] else f"{line['low']:.5g} to {line['high']:.5g}"
+        shown.add_row(line["name"], f"{line['value']:.6g}", within)
+    console.print(shown)
+    for note in summary["notes"]:
+        console.print(Text(f"Note: {note}", style="yellow"), highlight=False, soft_wrap=True)
+    assert result.folder is not None
+    console.print(
+        f"Wrote summary.json to {result.folder} in {summary['seconds']:.1f} s "
+        f"({summary['products']:,} products).",
+        highlight=False,
+        soft_wrap=True,
+    )
+    report = (result.folder / "spectrum.html").resolve()
+    console.print(Text.assemble(("Report: ", "bold"), str(report)), highlight=False, soft_wrap=True)
