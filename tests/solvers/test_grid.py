@@ -25,14 +25,25 @@ from woodbury import (
     CG,
     GMRES,
     MINRES,
+    SOR,
+    SSOR,
     BiCGSTAB,
+    BlockJacobi,
+    Chebyshev,
     Cholesky,
+    Deflation,
     Dense,
     Diagonal,
     Eigh,
+    GaussSeidel,
     Identity,
+    IncompleteCholesky,
+    IncompleteLU,
+    Jacobi,
+    NearestKronecker,
     Neumann,
     Nystrom,
+    Richardson,
     inverse,
     solve,
 )
@@ -62,6 +73,26 @@ ITERATIVE = {
     "gmres-flexible": lambda rtol: GMRES(rtol=rtol, preconditioner=CG(0.1), flexible=True),
     "bicgstab": lambda rtol: BiCGSTAB(rtol=rtol),
     "bicgstab-neumann": lambda rtol: BiCGSTAB(rtol=rtol, preconditioner=Neumann(terms=2)),
+}
+# Stationary and polynomial methods and preconditioners; tests/solvers/test_stationary.py has more.
+FURTHER = {
+    "richardson": lambda rtol: Richardson(rtol=rtol, max_steps=3000),
+    "gauss-seidel": lambda rtol: GaussSeidel(rtol=rtol, max_steps=3000),
+    "sor": lambda rtol: SOR(omega=1.2, rtol=rtol, max_steps=3000),
+    "ssor": lambda rtol: SSOR(omega=1.2, rtol=rtol, max_steps=3000),
+    "chebyshev": lambda rtol: Chebyshev(rtol=rtol, max_steps=3000),
+    "chebyshev-jacobi": lambda rtol: Chebyshev(rtol, 0.0, 3000, Jacobi()),
+    "deflation": lambda rtol: Deflation(rtol=rtol, rank=4),
+    "cg-jacobi": lambda rtol: CG(rtol=rtol, preconditioner=Jacobi()),
+    "cg-block-jacobi": lambda rtol: CG(rtol=rtol, preconditioner=BlockJacobi(size=5)),
+    "cg-ssor": lambda rtol: CG(rtol=rtol, preconditioner=SSOR()),
+    "cg-chebyshev": lambda rtol: CG(rtol=rtol, preconditioner=Chebyshev(degree=2)),
+    "cg-incomplete-cholesky": lambda rtol: CG(rtol=rtol, preconditioner=IncompleteCholesky()),
+    "cg-kronecker": lambda rtol: CG(rtol=rtol, preconditioner=NearestKronecker(sizes=(4, 6))),
+    "gmres-incomplete-lu": lambda rtol: GMRES(rtol=rtol, preconditioner=IncompleteLU(drop=0.01)),
+    "gmres-gauss-seidel": lambda rtol: GMRES(rtol=rtol, preconditioner=GaussSeidel()),
+    "minres-ssor": lambda rtol: MINRES(rtol=rtol, preconditioner=SSOR()),
+    "bicgstab-sor": lambda rtol: BiCGSTAB(rtol=rtol, preconditioner=SOR(omega=1.1)),
 }
 # What solves no more than a definite system, and what needs a preconditioner of its own.
 DEFINITE_ONLY = {"cg", "cg-nystrom", "cg-cholesky", "cg-neumann"}
@@ -94,14 +125,14 @@ def test_recipes_without_a_tolerance(name: str, kind: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", [*ITERATIVE, *FURTHER])
 def test_recipes_with_a_tolerance(name: str, kind: str, dtype: torch.dtype) -> None:
     A = KINDS[kind](dtype)
     rtol = 1e-9 if dtype in (torch.float64, torch.complex128) else 1e-4
     M = wide(A.to_dense())
     for shape in SHAPES:
         b = random(*shape, dtype=dtype)
-        solution = solve(A, b, ITERATIVE[name](rtol))
+        solution = solve(A, b, (ITERATIVE | FURTHER)[name](rtol))
         assert solution.status is SolveStatus.converged
         assert (residual_of(M, solution.value, b) <= 1.01 * rtol).all()
         assert error_of(solution.value, solution_of(M, b)) < 60 * rtol

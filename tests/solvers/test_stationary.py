@@ -207,6 +207,21 @@ def test_gradient_and_transposed_solve(name: str) -> None:
     assert error_of(adjoint, solution_of(M.T, c)) < 1e-9
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_gradient_with_respect_to_the_operator(name: str) -> None:
+    M, b, c = laplacian().requires_grad_(True), random(N), random(N, seed=5)
+    value = solve(
+        Dense(M, tags={"positive_definite"}), b, MAKE[name](rtol=1e-12, max_steps=2000)
+    ).value
+    (gradient,) = torch.autograd.grad(value @ c, M)
+    exact = -torch.outer(solution_of(M.detach(), c), solution_of(M.detach(), b))
+    assert error_of(gradient, exact) < 1e-8
+    A = Dense(M.detach(), tags={"positive_definite"})
+    recipe = MAKE[name](rtol=1e-10, max_steps=2000)
+    many = torch.func.vmap(lambda v: solve(A, v, recipe).value)(random(3, N))
+    assert error_of(many.T, solution_of(M, random(3, N).T.contiguous())) < 1e-8
+
+
 # ------------------------------------------------------------------ edge cases
 
 
