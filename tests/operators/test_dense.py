@@ -108,7 +108,7 @@ def test_a_singular_matrix_is_an_error_and_not_infinity():
 def test_the_reciprocal_condition_is_that_of_the_matrix():
     n = 12
     hilbert = torch.tensor([[1.0 / (i + j + 1) for j in range(n)] for i in range(n)])
-    with pytest.raises(SingularError, match=r"6\.0e-11 is below 1\.2e-07.*use float64"):
+    with pytest.raises(SingularError, match=r"\d\.\de-11 is below 1\.2e-07.*use float64"):
         Dense(hilbert).inverse()
     hilbert = torch.tensor(
         [[1.0 / (i + j + 1) for j in range(15)] for i in range(15)], dtype=torch.float64
