@@ -147,7 +147,7 @@ class Space:
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """Column-wise inner products: a scalar for ``[n]``, ``[k]`` for ``[n, k]``."""
-        if x.shape != y.shape:  # vecdot would broadcast
+        if x is not y and x.shape != y.shape:  # vecdot would broadcast
             raise ShapeError(f"inner product of shapes {tuple(x.shape)} and {tuple(y.shape)}")
         if x.dim() == 1:
             return torch.vdot(x, y)

@@ -78,6 +78,9 @@ class Diagonal(LinearOperator):
                 index = int(wrong.nonzero()[0])
                 raise TagError(f"tagged {tag}, but entry {index} is {self.values[index].item()}")
 
+    def _matvec(self, x: Tensor) -> Tensor:
+        return self.values * x
+
     def _matmat(self, X: Tensor) -> Tensor:
         return self.values.unsqueeze(1) * X
 

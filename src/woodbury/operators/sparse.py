@@ -126,6 +126,9 @@ class Sparse(LinearOperator):
         return self._product_with_gradient(X, adjoint=False)
 
     def _matvec(self, x: Tensor) -> Tensor:
+        form = self._matrix
+        if isinstance(form, Tensor) and not torch.is_grad_enabled():
+            return torch.mv(form, x)  # with nothing around it, for iterations on small matrices
         return self._product_with_gradient(x, adjoint=False)
 
     def _rmatmat(self, Y: Tensor) -> Tensor:

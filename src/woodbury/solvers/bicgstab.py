@@ -85,10 +85,12 @@ class _Column(Column):
         self.alpha: complex = 0.0
         self.omega: complex = 0.0
         self.beta: complex = 0.0
+        self.left = 1.0
 
     def first(self, sigma: complex) -> None:
         """Take <shadow, A M p>: the length of the step of biconjugate gradients."""
         self.alpha = self.omega = 0.0
+        self.left = 1.0
         if not math.isfinite(abs(sigma)):
             self.status, self.residual = SolveStatus.non_finite, None
         elif sigma == 0:
@@ -104,6 +106,8 @@ class _Column(Column):
             self.broken = True  # after this step, which is one of biconjugate gradients alone
         else:
             self.omega = ts / tt
+            # How much of |s|^2 is left after the step.
+            self.left = 1 - abs(ts) ** 2 / (tt * s * s)
 
     def renew(self, rho: complex) -> None:
         """Take <shadow, r> of the new residual: the next direction, if there is one."""
@@ -171,7 +175,12 @@ class _Loop(Loop[_Column]):
                 if not done[j]:
                     columns[j].second(ts, abs(tt), sizes[j])
             self.R = add_columns(half, [-c.omega for c in columns], T)
-            now = norms(self.space, self.R)
+            # By Pythagoras, where that does not cancel.
+            squares = [c.left * s * s for c, s in zip(columns, sizes, strict=True)]
+            if all(c.left > 0.01 for c in columns):
+                now = [math.sqrt(square) for square in squares]
+            else:
+                now = norms(self.space, self.R)
         self.settle(P, S, now, look=look)
 
     def settle(self, P: Tensor, S: Tensor, now: Sequence[float], *, look: bool) -> None:

@@ -25,9 +25,9 @@ def width(X: Tensor) -> int:
 def dots(space: Space, X: Tensor, Y: Tensor) -> list[float]:
     """Real parts of the inner products of the columns of ``X`` and ``Y``."""
     values = space.inner(X, Y)
-    if values.is_complex():
-        values = values.real
-    return [values.item()] if values.dim() == 0 else values.tolist()
+    if X.dim() == 1:
+        return [values.item().real]
+    return (values.real if values.is_complex() else values).tolist()
 
 
 def inners(space: Space, X: Tensor, Y: Tensor) -> list[complex]:
@@ -38,6 +38,9 @@ def inners(space: Space, X: Tensor, Y: Tensor) -> list[complex]:
 
 def norms(space: Space, X: Tensor) -> list[float]:
     """Norms of the columns of ``X``. By ``inner``: many times faster than a norm over rows."""
+    if X.dim() == 1:
+        value = space.inner(X, X).item().real
+        return [math.sqrt(value) if value >= 0 else math.nan]
     return [math.sqrt(value) if value >= 0 else math.nan for value in dots(space, X, X)]
 
 
@@ -46,6 +49,8 @@ def add_columns(
 ) -> Tensor:
     """``out = X + Y * factors`` column by column; ``out`` may be ``X`` or ``Y``."""
     if X.dim() == 1:
+        if out is X:
+            return X.add_(Y, alpha=factors[0])
         return torch.add(X, Y, alpha=factors[0], out=out)
     return torch.addcmul(X, Y, _row(factors, Y), out=out)
 

@@ -27,6 +27,10 @@ __all__ = ["GMRES"]
 
 # A cycle of steps that lowers the residual by less than this has not lowered it.
 _PROGRESS = 1e-4
+# A vector of which less than this is left is orthogonalised again: rounding is of the whole.
+_AGAIN = 0.1
+# Bases of more entries are multiplied one by one: they do not fit into the caches together.
+_LARGE = 8192
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class GMRES(Preconditioned):
     r"""Generalised minimal residuals for any square operator, restarted every ``restart`` steps.
 
     Step $i$ of a cycle minimises $\|b - A x\|$ over $x_0 + M\mathcal{K}_i(AM, r_0)$, by Arnoldi's
-    recurrence $A M V_i = V_{i+1} H_i$ (orthogonalised twice) and a QR factorisation of $H_i$ that
-    is extended by one rotation a step. The preconditioner stands on the right, so that the residual
+    recurrence $A M V_i = V_{i+1} H_i$ (orthogonalised again where little is left) and a QR
+    factorisation of $H_i$ that is extended by one rotation a step. The preconditioner stands on the right, so that the residual
     that is minimised is the true one; with ``flexible`` it may change from step to step.
 
     The columns of a block have each a Krylov space of their own, share each product, and leave the
@@ -58,8 +62,8 @@ class GMRES(Preconditioned):
         ArgumentError: a tolerance or limit is negative or not a number, or ``restart`` is below 1.
 
     Cost: one product, and one with the preconditioner, per step, and one product (and one with the
-    preconditioner, unless flexible) per cycle; $4 n i$ multiplications in step $i$ of a cycle,
-    twice. Memory of ``restart + 4`` vectors for each column, of ``2 restart + 4`` if flexible.
+    preconditioner, unless flexible) per cycle; $4 n i$ to $8 n i$ multiplications in step $i$ of a
+    cycle. Memory of ``restart + 4`` vectors for each column, of ``2 restart + 4`` if flexible.
 
     Source: Saad and Schultz, "GMRES" (1986); Saad, "A flexible inner-outer preconditioned GMRES
     algorithm" (1993).
@@ -175,8 +179,7 @@ class _Loop(Loop[_Column]):
                 self.columns, norms(self.space, P), norms(self.space, W), strict=True
             ):
                 column.size = max(column.size, w / p if p > 0 else 0.0)
-        W, H = self.orthogonalise(W if W.dim() == 1 else W.mT, i + 1)
-        rest = norms(self.space, W if W.dim() == 1 else W.mT)
+        W, H, rest = self.orthogonalise(W if W.dim() == 1 else W.mT, i + 1)
         now = self.small.extend(i, H, rest, eps=self.eps)
         self.place = i + 1
         claims, ended = [], False
@@ -204,15 +207,30 @@ class _Loop(Loop[_Column]):
         if claims or ended:
             self.leave()
 
-    def orthogonalise(self, W: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """``W`` without its parts along the first vectors of the basis, and these parts."""
-        basis = self.V[..., :size, :].mT
-        W = W.unsqueeze(-1)
-        H = self.space.gram(basis, W)
-        W = W - basis @ H
-        again = self.space.gram(basis, W)
-        W = W - basis @ again
-        return W.squeeze(-1), (H + again).squeeze(-1)
+    def orthogonalise(self, W: Tensor, size: int) -> tuple[Tensor, Tensor, list[float]]:
+        """``W`` without its parts along the first vectors of the basis, these parts, its norms."""
+        W, H = self.project(W, size)
+        rest = norms(self.space, W if W.dim() == 1 else W.mT)
+        whole = torch.linalg.vector_norm(H, dim=-1)
+        parts = [whole.item()] if whole.dim() == 0 else whole.tolist()
+        if any(r < _AGAIN * h for r, h in zip(rest, parts, strict=True)):
+            W, again = self.project(W, size)
+            H = H + again
+            rest = norms(self.space, W if W.dim() == 1 else W.mT)
+        return W, H, rest
+
+    def project(self, W: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """One pass of Gram and Schmidt."""
+        V = self.V[..., :size, :]
+        if W.dim() == 2 and size * V.shape[-1] > _LARGE:
+            pairs = [self._project(v, w) for v, w in zip(V.unbind(), W.unbind(), strict=True)]
+            return torch.stack([w for w, _ in pairs]), torch.stack([h for _, h in pairs])
+        return self._project(V, W)
+
+    def _project(self, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        basis, W = V.mT, W.unsqueeze(-1)
+        H = self.space.gram(W, basis).mH  # the vector is conjugated, not the basis
+        return (W - basis @ H).squeeze(-1), H.squeeze(-1)
 
     def update(self, columns: list[int], steps: int) -> Tensor:
         """What the cycle so far adds to the iterates of some columns."""

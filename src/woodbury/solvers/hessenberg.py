@@ -50,8 +50,9 @@ class Hessenberg:
         self.singular = gamma <= noise
         nothing = gamma == 0  # not a number stays one
         safe = np.where(nothing, 1.0, gamma)
-        c = np.where(nothing, 1.0, diagonal / safe)[:, None]
-        s = (below / safe)[:, None]
+        with np.errstate(invalid="ignore"):  # infinity over infinity
+            c = np.where(nothing, 1.0, diagonal / safe)[:, None]
+            s = (below / safe)[:, None]
         Q = self.Q
         Q[:, i + 1, : i + 1] = -s * Q[:, i, : i + 1]
         Q[:, i + 1, i + 1] = c[:, 0]

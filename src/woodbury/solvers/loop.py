@@ -72,7 +72,8 @@ class Loop(Generic[C]):
                 break
             step += 1
             self.advance(look=step % LOOK == 0 or step == 1)
-            self.note(step)
+            if not self.silent:
+                self.note(step)
         self.finish()
         for column in self.columns:
             column.status = column.status or SolveStatus.max_steps

@@ -104,4 +104,11 @@ def preconditioning(M: LinearOperator | None) -> Callable[[Tensor], Tensor] | No
     """Products with the preconditioner of vectors in the dtype of the work; ``None`` for none."""
     if M is None:
         return None
-    return lambda R: (M @ R.to(M.dtype)).to(R.dtype)
+
+    def apply(R: Tensor) -> Tensor:
+        if R.dtype != M.dtype:
+            return (M @ R.to(M.dtype)).to(R.dtype)
+        # What the operator would check of a vector holds here.
+        return M._matvec(R) if R.dim() == 1 else M._matmat(R)
+
+    return apply

@@ -225,16 +225,19 @@ def _solve_block(
             if on_failure == "raise":
                 raise
             return _without_value(A, b, recipe, _FACTORISATION_FAILURES[type(error)])
-        scales = torch.tensor(problem.scales, dtype=work, device=B.device)
         X = outcome.value if outcome.value.dim() == 2 else outcome.value.unsqueeze(1)
         if any(scale != 1 for scale in problem.scales):
-            X = X * scales
+            X = X * torch.tensor(problem.scales, dtype=work, device=B.device)
             _mark_overflow(X, outcome)
         value = X if len(active) == k else value.index_copy(1, _index(active, B.device), X)
-        residual[active] = _true_residuals(problem, outcome)
-        for j, status in zip(active, outcome.statuses, strict=True):
-            known = math.isfinite(residual[j]) or not status.ok
+        found = _true_residuals(problem, outcome)
+        for j, r, status in zip(active, found, outcome.statuses, strict=True):
+            known = math.isfinite(r) or not status.ok
             statuses[j] = status if known else SolveStatus.non_finite
+        if len(active) == k:
+            residual = torch.tensor(found, dtype=torch.float64)
+        else:
+            residual[active] = torch.tensor(found, dtype=torch.float64)
         products = problem.products
         state = outcome.state or state
         history = _history(problem, active, k)
@@ -325,14 +328,14 @@ def _index(columns: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(columns), device=device)
 
 
-def _true_residuals(problem: Problem, outcome: Outcome) -> Tensor:
+def _true_residuals(problem: Problem, outcome: Outcome) -> list[float]:
     found = outcome.residuals
     # The residual is that of the value as it is returned, rounded to the operator's dtype.
     rounded = outcome.value.to(problem.A.dtype).to(outcome.value.dtype)
     if found is None or rounded.dtype != problem.A.dtype:
         found = norms(problem.A.out_space, problem.residual(rounded))
     pairs = zip(found, problem.b_norms, strict=True)
-    return torch.tensor([r / norm for r, norm in pairs], dtype=torch.float64)
+    return [r / norm for r, norm in pairs]
 
 
 def _history(problem: Problem, active: Sequence[int], k: int) -> Tensor | None:
