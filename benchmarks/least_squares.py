@@ -152,7 +152,7 @@ def main() -> None:
         b = rng.standard_normal(2 * n)
         compare(f"{name} {2 * n} x {n}", A, b, arguments.repeats, consistent=False)
         scaled(f"{name} {2 * n} x {n}", A, b)
-        block(f"{name} {2 * n} x {n}", A, 32, max(1, arguments.repeats // 3))
+        block(f"{name} {2 * n} x {n}", A, 32, max(2, arguments.repeats // 2))
     direct(arguments.repeats)
 
 
