@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from woodbury.errors import TagError
+from woodbury.solvers.auto import Auto
 from woodbury.solvers.cg import CG
 from woodbury.solvers.cholesky import Cholesky
 from woodbury.solvers.eigh import Eigh
@@ -24,10 +24,10 @@ SMALL = 2000
 
 
 def default_recipe(A: LinearOperator) -> Recipe:
-    """The recipe for an operator about which nothing but tags and size is known.
+    """The recipe for an operator about which nothing but tags, size and structure is known.
 
-    Raises:
-        TagError: the operator is large, has no structure and is not known to be positive definite.
+    What the structure inverts, it inverts. Small matrices are formed and factorised, large ones are
+    left to :class:`CG` and :class:`LSMR` where the tags allow no doubt, and else to :class:`Auto`.
     """
     if not A.is_square:
         return QR() if A.shape[0] * A.shape[1] <= SMALL**2 else LSMR()
@@ -37,10 +37,4 @@ def default_recipe(A: LinearOperator) -> Recipe:
         if "positive_definite" in A.tags:
             return Cholesky()
         return Eigh() if "hermitian" in A.tags else LU()
-    if "positive_semidefinite" in A.tags:
-        return CG()
-    raise TagError(
-        f"no default recipe for {type(A).__name__} of size {A.shape[0]} with tags "
-        f"{sorted(A.tags)}: promise 'positive_definite' where the operator is made if it holds, or "
-        "name a recipe: Eigh() or LU() form the matrix, CG() finds negative curvature if there is"
-    )
+    return CG() if "positive_semidefinite" in A.tags else Auto()
