@@ -1,10 +1,17 @@
-"""Solutions of optimality conditions, found to high accuracy.
+"""Differentiate through a solution: roots, fixed points, minimisers, and what finds them.
 
+- :func:`root`, :func:`fixed_point`, :func:`minimize`: any solver, made differentiable.
+- :func:`attach`, :func:`implicit_vjp`, :func:`implicit_jvp`: the same for a solution at hand.
+- :class:`Implicit`, :class:`Unrolled`, :class:`Truncated`, :class:`OneStep`, :class:`Phantom`: how.
+- :func:`compare_modes`: all of them beside finite differences.
+- :func:`stationarity`: whether a solution is one, and how far off it may be.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
 """
 
+from woodbury.implicit.attach import WarmStart
+from woodbury.implicit.compare import ModeComparison, ModeRow, compare_modes
 from woodbury.implicit.conditions import (
     Cones,
     block_proximal,
@@ -16,7 +23,10 @@ from woodbury.implicit.conditions import (
     proximal_gradient,
     stationary,
 )
+from woodbury.implicit.decorators import fixed_point, minimize, root
+from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
 from woodbury.implicit.newton import newton_cg
+from woodbury.implicit.products import attach, implicit_jvp, implicit_vjp
 from woodbury.implicit.projections import (
     project_affine,
     project_birkhoff,
@@ -38,12 +48,32 @@ from woodbury.implicit.proxes import (
     prox_nonnegative,
     prox_ridge,
 )
+from woodbury.implicit.solver import ImplicitSolver
+from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
 
 __all__ = [
     "Cones",
+    "Implicit",
+    "ImplicitSolver",
+    "Mode",
+    "ModeComparison",
+    "ModeRow",
+    "OneStep",
+    "Phantom",
+    "Stationarity",
+    "StationarityWarning",
+    "Truncated",
+    "Unrolled",
+    "WarmStart",
+    "attach",
     "block_proximal",
+    "compare_modes",
     "conic_residual",
+    "fixed_point",
+    "implicit_jvp",
+    "implicit_vjp",
     "kkt",
+    "minimize",
     "mirror_descent",
     "newton_cg",
     "newton_residual",
@@ -66,5 +96,7 @@ __all__ = [
     "prox_nonnegative",
     "prox_ridge",
     "proximal_gradient",
+    "root",
+    "stationarity",
     "stationary",
 ]
