@@ -2,10 +2,10 @@
 
 One line for each matrix, method and preconditioner: steps to a true relative residual of 1e-8 (of
 GMRES, inner ones with the same restart), the shortest time of several, their ratios and a verdict
-(steps within 2 % or one step, time within 1.2 times). SciPy's steps are those after which its iterate has that
-residual; its time is that of as many steps, with nothing watched. Then blocks of right-hand sides
-against our own columns one by one and SciPy's (at least 4 times faster). Reads the matrices of the
-data folder (WOODBURY_DATA, by default ../shared/data beside the repository).
+(steps within 2 % or one step, time within 1.2 times). SciPy's steps are those after which its
+iterate has that residual; its time is that of as many steps, with nothing watched. Then blocks of
+right-hand sides against our own columns one by one and SciPy's (at least 4 times faster). Reads the
+matrices of the data folder (WOODBURY_DATA, by default ../shared/data beside the repository).
 
     python benchmarks/solvers.py [--threads 1] [--repeats 5] [--columns 32] [--only NAME ...]
 """

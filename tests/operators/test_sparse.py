@@ -86,6 +86,17 @@ def test_indices_of_products_have_32_bits_on_the_cpu():
         assert form.indices.dtype == np.int32
 
 
+@pytest.mark.parametrize("k", [24, 33])
+def test_wide_blocks_of_a_matrix_with_many_entries(k):
+    dense = random_sparse(160, 150)
+    A = Sparse(dense.to_sparse())
+    assert A.nnz > 10_000
+    X, Y = torch.randn(150, k, dtype=torch.float64), torch.randn(160, k, dtype=torch.float64)
+    torch.testing.assert_close(A @ X, dense @ X)
+    torch.testing.assert_close(A.rmatmat(Y), dense.mT @ Y)
+    torch.testing.assert_close(A @ X.mT.contiguous().mT, dense @ X)
+
+
 @pytest.mark.parametrize("tag", ["symmetric", "hermitian"])
 def test_the_adjoint_of_a_symmetric_matrix_is_no_second_copy(tag):
     M = random_sparse(6, 6, dtype=torch.complex128)

@@ -21,6 +21,8 @@ __all__ = ["Sparse"]
 
 # Without MKL torch has no CSR product on some platforms, and a slow one on others.
 _MKL = torch.backends.mkl.is_available()
+# Entries from which on a product is bound by its reads from memory.
+_MANY = 10_000
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -28,8 +30,8 @@ class Sparse(LinearOperator):
     r"""A sparse matrix, kept by rows (CSR).
 
     Products run in torch's CSR kernels, on the CPU with indices of 32 bits: those of MKL read them
-    as they are, and a product is bound by what it reads. Where torch was built without MKL they run
-    in SciPy. They can be differentiated with respect to the stored values.
+    as they are, and a product is bound by what it reads. Complex products on the CPU, and all where
+    torch was built without MKL, run in SciPy, which is then the faster. They can be differentiated with respect to the stored values.
 
     Sums with sparse and diagonal matrices are sparse again, so ``A + c * Identity(n)`` has the
     structural inverse.
@@ -162,8 +164,12 @@ class Sparse(LinearOperator):
         if isinstance(form, Tensor):
             if X.dim() == 1:
                 return torch.mv(form, X)
-            # One vector has a kernel of its own, twice as fast as a block of one column.
-            return torch.mv(form, X[:, 0]).unsqueeze(1) if X.shape[1] == 1 else form @ X
+            if X.shape[1] == 1:  # one vector has a kernel of its own, twice as fast
+                return torch.mv(form, X[:, 0]).unsqueeze(1)
+            if self.device.type != "cpu" or X.shape[1] < 24 or self.nnz < _MANY:
+                return form @ X
+            # As many columns as the caches hold: up to a quarter faster than all at once.
+            return torch.cat([form @ part for part in X.split(16, dim=1)], dim=1)
         block = X.detach().resolve_conj().resolve_neg().numpy()
         if X.dim() == 2 and X.shape[1] == 1:
             return torch.from_numpy(form @ block[:, 0]).unsqueeze(1)
@@ -173,7 +179,8 @@ class Sparse(LinearOperator):
         """``A`` or ``A^H`` as what multiplies fastest: a CSR tensor, or a SciPy matrix."""
         kept = self._matrix_adjoint if adjoint else self._matrix
         if kept is None:
-            if self.device.type != "cpu" or (_MKL and self._is_short):
+            on_cpu = self.device.type == "cpu"
+            if not on_cpu or (_MKL and self._is_short and not self.dtype.is_complex):
                 kept = self._torch_form(adjoint=adjoint)
             else:
                 kept = self.to_scipy_sparse()

@@ -39,8 +39,9 @@ class GMRES(Preconditioned):
 
     Step $i$ of a cycle minimises $\|b - A x\|$ over $x_0 + M\mathcal{K}_i(AM, r_0)$, by Arnoldi's
     recurrence $A M V_i = V_{i+1} H_i$ (orthogonalised again where little is left) and a QR
-    factorisation of $H_i$ that is extended by one rotation a step. The preconditioner stands on the right, so that the residual
-    that is minimised is the true one; with ``flexible`` it may change from step to step.
+    factorisation of $H_i$ that is extended by one rotation a step. The preconditioner stands on the
+    right, so that the residual that is minimised is the true one; with ``flexible`` it may change
+    from step to step.
 
     The columns of a block have each a Krylov space of their own, share each product, and leave the
     block as they converge. At the end of a cycle, and when a column claims to have converged, the
@@ -72,8 +73,9 @@ class GMRES(Preconditioned):
         >>> import torch
         >>> from woodbury import GMRES, Dense, solve
         >>> A = Dense(torch.tensor([[2.0, 1.0], [-1.0, 2.0]]))
-        >>> solve(A, torch.tensor([3.0, 1.0]), GMRES()).value
-        tensor([1.0000, 1.0000])
+        >>> solution = solve(A, torch.tensor([3.0, 1.0]), GMRES())
+        >>> torch.allclose(solution.value, torch.ones(2)), solution.steps
+        (True, 2)
     """
 
     restart: int = 30
