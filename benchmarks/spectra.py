@@ -6,9 +6,10 @@ Prints
   of matfree's standard errors do (leave-one-out estimators, value -+ 1.96 standard errors);
 - the 1-Wasserstein distance between the density and the exact eigenvalues of the Hessian of a
   trained network of 3,000 parameters, from 10 probes of 80 steps;
-- the log-determinant of a Laplacian beside matfree (JAX, CPU, compiled): time and error.
+- the log-determinant of a Laplacian beside matfree (JAX, CPU, compiled): time and error;
+- eigenpairs of a Laplacian beside SciPy's eigsh and lobpcg: products, time, true residual.
 
-    python benchmarks/spectra.py [--threads 1] [--runs 200] [--repeats 5]
+    python benchmarks/spectra.py [--threads 1] [--runs 200] [--repeats 5] [--only errors,coverage]
 
 matfree is run by the interpreter in WOODBURY_PEERS_PYTHON, by default .venv-peers/bin/python.
 """
@@ -225,10 +226,79 @@ def logdets(repeats: int, theirs: dict[str, Any]) -> None:
             print(line, flush=True)
 
 
+def pairs(repeats: int) -> None:
+    import scipy.sparse
+    import scipy.sparse.linalg
+
+    from woodbury import Sparse
+    from woodbury.spectra import LOBPCG, eigenpairs
+
+    side, k = 60, 6
+    line = scipy.sparse.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(side, side))
+    eye = scipy.sparse.eye_array(side)
+    # Another length in each direction, so that no eigenvalue is double.
+    L = (scipy.sparse.kron(line, eye) + 1.3 * scipy.sparse.kron(eye, line)).tocsr()
+    n = L.shape[0]
+    A = Sparse(L, tags={"positive_definite"})
+    factor = scipy.sparse.linalg.splu((L + 0.01 * eye_of(n)).tocsc())
+    count = 0
+
+    def counted(x: np.ndarray) -> np.ndarray:
+        nonlocal count
+        count += 1 if x.ndim == 1 else x.shape[1]
+        return L @ x
+
+    operator = scipy.sparse.linalg.LinearOperator((n, n), counted, matmat=counted, dtype=float)
+    solver = scipy.sparse.linalg.LinearOperator((n, n), factor.solve, matmat=factor.solve)
+    shifted = Sparse((L + 0.01 * eye_of(n)).tocsr(), tags={"positive_definite"}).inverse()
+    start = np.random.default_rng(0).standard_normal((n, k + 3))
+
+    def eigsh(which: str) -> Any:
+        return scipy.sparse.linalg.eigsh(operator, k, which=which, tol=1e-8, v0=start[:, 0])
+
+    def lobpcg(_: int) -> Any:
+        return scipy.sparse.linalg.lobpcg(
+            operator, start[:, :k].copy(), M=solver, tol=1e-8 * 0.01, maxiter=200, largest=False
+        )
+
+    def ours(which: str, method: Any = None) -> Any:
+        return eigenpairs(A, k, which, method, throw=False)
+
+    rows: list[tuple[str, Callable[[int], Any], Callable[[int], Any]]] = [
+        ("largest, eigsh", lambda _: eigsh("LA"), lambda _: ours("largest")),
+        ("both ends, eigsh", lambda _: eigsh("BE"), lambda _: ours("both")),
+        (
+            "smallest, preconditioned, lobpcg",
+            lobpcg,
+            lambda _: ours("smallest", LOBPCG(1e-8, preconditioner=shifted)),
+        ),
+    ]
+    print(f"\n{k} eigenpairs of a Laplacian of {n} points to 1e-8, beside SciPy")
+    for name, theirs, mine in rows:
+        count = 0
+        their_time, (values, vectors) = shortest(repeats, theirs)[0], theirs(0)
+        count_of_one = count // (repeats + 1)
+        their_residual = np.linalg.norm(L @ vectors - vectors * values, axis=0).max()
+        seconds, found = shortest(repeats, mine)
+        print(
+            f"{name:34} SciPy {count_of_one:5} products {1e3 * their_time:8.1f} ms, residual "
+            f"{their_residual:.0e}   woodbury {found[0].products:5} {1e3 * seconds:8.1f} ms, "
+            f"{float(found[0].residuals.max()):.0e} {found[0].status.name}   time over SciPy's "
+            f"{seconds / their_time:.2f}",
+            flush=True,
+        )
+
+
+def eye_of(n: int) -> Any:
+    import scipy.sparse
+
+    return scipy.sparse.eye_array(n)
+
+
 # ---------------------------------------------------------------------- matfree
 
 
-def peer(runs: int, repeats: int) -> dict[str, Any]:
+def peer(runs: int, repeats: int, asked: list[str]) -> dict[str, Any]:
     """Coverage of matfree's standard errors, and its log-determinant."""
     import jax
 
@@ -242,7 +312,7 @@ def peer(runs: int, repeats: int) -> dict[str, Any]:
         "xtrace, 60 products": (stochtrace.leave_one_out_xtrace(), 30),
         "xnystrace, 60 products": (stochtrace.leave_one_out_xnystrace(), 60),
     }
-    for job, (integrand, num) in integrands.items():
+    for job, (integrand, num) in integrands.items() if "coverage" in asked else ():
         sampler = stochtrace.sampler_normal(example, num=num)
         estimator = stochtrace.estimator_leave_one_out_mean_and_sem(integrand, sampler)
         estimate = jax.jit(lambda M, key, e=estimator: e(lambda v, P: P @ v, key, M))
@@ -255,7 +325,7 @@ def peer(runs: int, repeats: int) -> dict[str, Any]:
                 inside += abs(float(mean) - truth) <= 1.96 * float(sem)
             shares.append(inside / runs)
         found["coverage"][job] = shares
-    for side in GRIDS:
+    for side in GRIDS if "logdet" in asked else ():
         n = side * side
 
         def product(x: Any, side: int = side) -> Any:
@@ -279,7 +349,7 @@ def peer(runs: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def of_peer(arguments: argparse.Namespace) -> dict[str, Any]:
+def of_peer(arguments: argparse.Namespace, asked: set[str]) -> dict[str, Any]:
     nothing: dict[str, Any] = {"coverage": {}, "logdet": {}}
     default = str(ROOT / ".venv-peers/bin/python")
     python = os.environ.get("WOODBURY_PEERS_PYTHON", default)
@@ -288,6 +358,7 @@ def of_peer(arguments: argparse.Namespace) -> dict[str, Any]:
         return nothing
     command = [python, __file__, "--peer", f"--threads={arguments.threads}"]
     command += [f"--runs={arguments.runs}", f"--repeats={arguments.repeats}"]
+    command += [f"--only={','.join(asked)}"]
     environment = dict(os.environ)
     if arguments.threads == 1:
         environment["XLA_FLAGS"] = (
@@ -306,19 +377,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="errors,coverage,hessian,logdet,eigenpairs")
     parser.add_argument("--peer", action="store_true", help="run matfree, print JSON")
     arguments = parser.parse_args()
     if arguments.peer:
-        print(json.dumps(peer(arguments.runs, arguments.repeats)))
+        print(json.dumps(peer(arguments.runs, arguments.repeats, arguments.only.split(","))))
         return
     import torch
 
     torch.set_num_threads(arguments.threads)
-    theirs = of_peer(arguments)
-    errors(arguments.runs)
-    coverage(arguments.runs, theirs["coverage"])
-    hessian_density()
-    logdets(arguments.repeats, theirs["logdet"])
+    parts = arguments.only.split(",")
+    asked = {"coverage", "logdet"} & set(parts)
+    theirs = of_peer(arguments, asked) if asked else {}
+    if "errors" in parts:
+        errors(arguments.runs)
+    if "coverage" in parts:
+        coverage(arguments.runs, theirs["coverage"])
+    if "hessian" in parts:
+        hessian_density()
+    if "logdet" in parts:
+        logdets(arguments.repeats, theirs["logdet"])
+    if "eigenpairs" in parts:
+        pairs(arguments.repeats)
 
 
 if __name__ == "__main__":

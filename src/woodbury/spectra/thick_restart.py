@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,45 +103,47 @@ class _Basis:
         self.problem, self.m = problem, m
         first = problem.draw(1)
         self.space: Space = problem.A.space
-        self.V = torch.empty(len(first), m + 1, dtype=first.dtype, device=first.device)
-        self.V[:, :1] = first / self.space.norm(first)
-        self.T = torch.zeros(m, m, dtype=wide(first[:1]).dtype)
+        # By rows, which a product with few vectors reads at full speed.
+        self.rows = torch.empty(m + 1, len(first), dtype=first.dtype, device=first.device)
+        self.rows[0] = (first / self.space.norm(first))[:, 0]
+        self.T = np.zeros((m, m), dtype=wide(first[:1]).numpy().dtype)
         self.size = 0  # columns of T
         self.beta = 0.0
 
     @property
     def complete(self) -> bool:
         """Whether the basis is one of the whole space."""
-        return self.size == self.V.shape[0]
+        return self.size == self.rows.shape[1]
 
     def fill(self, limit: int) -> None:
         """Expand to the full size, or as far as products last."""
-        while self.size < self.m and (self.problem.products < limit or self.size == 0):
+        problem, space = self.problem, self.space
+        eps = torch.finfo(self.rows.dtype).eps
+        while self.size < self.m and (problem.products < limit or self.size == 0):
             j = self.size
-            w = self.problem.product(self.V[:, j : j + 1].contiguous())
-            Q = self.V[:, : j + 1]
-            inside = torch.zeros(j + 1, 1, dtype=w.dtype, device=w.device)
-            for _ in range(2):
-                part = self.space.gram(Q, w)
-                w, inside = w - Q @ part, inside + part
-            column = wide(inside)[:, 0]
+            w = problem.product(self.rows[j].unsqueeze(1))
+            Q = self.rows[: j + 1].T
+            inside = space.gram(Q, w)
+            w = w - Q @ inside
+            again = space.gram(Q, w)  # else what the basis lacks in orthogonality would grow
+            w, inside = w - Q @ again, inside + again
+            self.beta = float(space.norm(w))
+            column = wide(inside)[:, 0].numpy()
             self.T[: j + 1, j] = column
             self.T[j, : j + 1] = column.conj()
             self.T[j, j] = column[j].real
             self.size = j + 1
-            self.problem.scale = max(self.problem.scale, abs(self.T[j, j].item()))
-            self.beta = float(self.space.norm(w))
-            eps = torch.finfo(w.dtype).eps
-            if self.beta <= 10 * eps * max(self.problem.scale, self.beta):
+            problem.scale = max(problem.scale, float(abs(column[j])))
+            if self.beta <= 10 * eps * max(problem.scale, self.beta):
                 self.beta = 0.0
                 if self.complete:
                     return
                 w = self._random()
-            self.V[:, j + 1 : j + 2] = w / self.space.norm(w)
+            self.rows[j + 1] = (w / space.norm(w))[:, 0]
 
     def _random(self) -> Tensor:
         """A random vector orthogonal to the basis."""
-        w, Q = self.problem.draw(1), self.V[:, : self.size]
+        w, Q = self.problem.draw(1), self.rows[: self.size].T
         for _ in range(3):
             w = w - Q @ self.space.gram(Q, w)
             w = w / self.space.norm(w)
@@ -148,20 +151,21 @@ class _Basis:
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values, their coordinates, and estimates of their residuals."""
-        values, vectors = torch.linalg.eigh(self.T[: self.size, : self.size])
+        T = torch.from_numpy(self.T[: self.size, : self.size])
+        values, vectors = torch.linalg.eigh(T)
         self.problem.scale = max(self.problem.scale, float(values.abs().max()))
         return values, vectors, self.beta * vectors[-1].abs()
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """The vectors with coordinates ``[size, k]``."""
-        return self.V[:, : self.size] @ coordinates.to(self.V)
+        return self.rows[: self.size].T @ coordinates.to(self.rows)
 
     def restart(self, values: Tensor, coordinates: Tensor, *, fresh: bool = False) -> None:
         """Keep some Ritz vectors and the residual that they share, or a random one."""
         kept = len(values)
-        rest = self.V[:, self.size].clone()
-        self.V[:, :kept] = self.vectors(coordinates)
-        self.T.zero_()
-        self.T.diagonal()[:kept] = values.to(self.T)
+        rest = self.rows[self.size].clone()
+        self.rows[:kept] = self.vectors(coordinates).T
+        self.T[:] = 0
+        self.T[np.arange(kept), np.arange(kept)] = values.numpy()
         self.size = kept
-        self.V[:, kept] = self._random()[:, 0] if fresh else rest
+        self.rows[kept] = self._random()[:, 0] if fresh else rest
