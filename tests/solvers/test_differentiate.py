@@ -29,7 +29,22 @@ from woodbury import (
     solve,
 )
 from woodbury.errors import GradientError, SolveError
-from woodbury.solvers import LSMR, LU, QR, SolveReport, SolveStatus, SolveWarning, Structural
+from woodbury.solvers import (
+    GMRES,
+    LDL,
+    LSMR,
+    LSQR,
+    LU,
+    MINRES,
+    QR,
+    Auto,
+    BiCGSTAB,
+    Jacobi,
+    SolveReport,
+    SolveStatus,
+    SolveWarning,
+    Structural,
+)
 
 # What torch says of itself when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is dep:DeprecationWarning")
@@ -173,8 +188,21 @@ FOR_HERMITIAN = [
     LU(),
     Nystrom(rank=n),
     LSMR(rtol=1e-13),
+    QR(),
+    MINRES(rtol=1e-13),
+    LDL(),
+    Auto(rtol=1e-13),
 ]
-FOR_SQUARE = [LU(), LSMR(rtol=1e-13), QR()]
+FOR_SQUARE = [
+    LU(),
+    LSMR(rtol=1e-13),
+    LSQR(rtol=1e-13),
+    QR(),
+    GMRES(rtol=1e-13),
+    GMRES(rtol=1e-13, preconditioner=Jacobi()),
+    BiCGSTAB(rtol=1e-13),
+    Auto(rtol=1e-13),
+]
 CASES = [
     *((name, *case, recipe) for name, case in HERMITIAN.items() for recipe in FOR_HERMITIAN),
     *((name, *case, recipe) for name, case in SQUARE.items() for recipe in FOR_SQUARE),

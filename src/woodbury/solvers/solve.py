@@ -86,8 +86,8 @@ def solve(
             device.
         recipe: how to solve. By default the operator's own inverse where its structure has one;
             then up to 2,000 rows :class:`Cholesky`, :class:`Eigh` or :class:`LU`, as the tags
-            allow; beyond, :class:`CG` for positive (semi)definite operators. For least squares
-            :class:`QR` up to 4 million entries and :class:`LSMR` beyond.
+            allow; beyond, :class:`CG` for positive (semi)definite operators and :class:`Auto` for
+            others. For least squares :class:`QR` up to 4 million entries, :class:`LSMR` beyond.
         x0: first iterate ``[n]`` or ``[n, k]``; zero by default.
         state: what ``recipe.prepare`` or an earlier ``solution.state`` holds; made if not given.
             Its factor, sketch or preconditioner is used as it is.
