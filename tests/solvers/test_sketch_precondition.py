@@ -192,6 +192,25 @@ def test_gradient_with_respect_to_the_right_hand_side() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(12, 4), (4, 12)], ids=str)
+def test_derivatives_with_respect_to_the_matrix(shape) -> None:
+    M, b = random(*shape).requires_grad_(), random(shape[0]).requires_grad_()
+    recipe = SketchPrecondition(rtol=1e-14, oversampling=2.0)
+
+    def value(M: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return solve(Dense(M), b, recipe, throw=False).value
+
+    assert torch.autograd.gradcheck(value, (M, b), rtol=1e-4)
+    assert torch.autograd.gradgradcheck(value, (M, b), rtol=1e-4)
+
+
+def test_vmap_over_right_hand_sides() -> None:
+    M = tall(60, 8)
+    B = random(5, 60)
+    found = torch.vmap(lambda b: solve(Dense(M), b, SketchPrecondition(rtol=1e-12)).value)(B)
+    assert error_of(found.T, least(M, B.T)) < 1e-9
+
+
 # ------------------------------------------------------------------- edge cases
 
 

@@ -366,9 +366,34 @@ def test_gradient_and_inverse() -> None:
     recipe = Kaczmarz(1e-12)
     assert torch.autograd.gradcheck(lambda b: solve(spd(M), b, recipe).value, b)
     assert error_of(inverse(spd(M), recipe).to_dense(), torch.linalg.inv(M)) < 1e-9
+    # The adjoint of least squares is the solution of smallest norm, and the other way about.
     tall = random(9, 4)
     found = inverse(Dense(tall), SketchProject(1e-12, metric="normal"))
     assert error_of(found.to_dense(), torch.linalg.pinv(tall)) < 1e-8
+    assert error_of(found.rmatmat(random(4, 2)), torch.linalg.pinv(tall).T @ random(4, 2)) < 1e-8
+    wide_inverse = inverse(Dense(tall.T.contiguous()), recipe)
+    assert error_of(wide_inverse.to_dense(), torch.linalg.pinv(tall.T)) < 1e-8
+    assert (
+        error_of(wide_inverse.rmatmat(random(9, 2)), torch.linalg.pinv(tall) @ random(9, 2)) < 1e-8
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)], ids=str)
+def test_derivatives_with_respect_to_the_matrix(shape) -> None:
+    M = random(*shape).requires_grad_()
+    tall = shape[0] > shape[1]
+    recipe = SketchProject(1e-13, metric="normal") if tall else Kaczmarz(1e-13, max_steps=10_000)
+    b = random(shape[0]).requires_grad_()
+
+    def value(M: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return solve(Dense(M), b, recipe, throw=False).value
+
+    assert torch.autograd.gradcheck(value, (M, b), rtol=1e-4)
+    exact = torch.linalg.pinv(M) @ b
+    expected = torch.autograd.grad(exact.square().sum(), (M, b))
+    found = torch.autograd.grad(value(M, b).square().sum(), (M, b))
+    for got, want in zip(found, expected, strict=True):
+        assert error_of(got, want) < 1e-8
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -88,8 +88,9 @@ class Kaczmarz(Iterative):
         self._projections().check(A)
 
     def adjoint_state(self, A: LinearOperator, state: State) -> State:
-        """What the adjoint needs, other rows: prepared anew unless ``A`` is hermitian."""
-        return state if "hermitian" in A.tags else self.prepare(A.H)
+        """What the adjoint needs, columns where this takes rows."""
+        found = self._projections().adjoint_state(A, state)
+        return replace(found, recipe=self)
 
     def _prepare(self, A: LinearOperator) -> ProjectState:
         return replace(self._projections()._prepare(A), recipe=self)

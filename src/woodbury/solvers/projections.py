@@ -30,6 +30,8 @@ Sampling = Literal["norms", "uniform"]
 # Steps whose equations are drawn at once, and entries of the weights that this may take.
 _DRAWN = 1024
 _DRAWN_ENTRIES = 2**20
+# Sweeps after which to give up, where no limit is given.
+SWEEPS = 200
 # After so many sweeps without a fall by a twentieth it is asked whether there is a solution.
 _PATIENCE = 20
 
@@ -41,38 +43,40 @@ class ProjectState(State):
     Attributes:
         matrix: the matrix as a tensor, or as a SciPy array (by rows, or by columns for the normal
             metric); ``None`` for Gaussian sketches, which only multiply.
+        metric: of the projections; that of the recipe, but in the state of an adjoint.
         sizes: what a coordinate is drawn and divided by, ``[m]`` or ``[n]``: the squared norm of
             its row or column, or its diagonal entry; ``None`` for Gaussian sketches.
     """
 
     matrix: Any
+    metric: Metric
     sizes: Tensor | None
 
 
-def prepared(recipe: SketchProject, A: LinearOperator) -> ProjectState:
+def prepared(recipe: SketchProject, A: LinearOperator, metric: Metric) -> ProjectState:
     """The matrix and what its coordinates are drawn by."""
     if recipe.sketch == "gaussian":
-        return ProjectState.of(recipe, A, matrix=None, sizes=None)
+        return ProjectState.of(recipe, A, matrix=None, metric=metric, sizes=None)
     matrix: Any
     if isinstance(A, Sparse) and A.device.type == "cpu":
         matrix = A.to_scipy_sparse()
-        matrix = matrix.tocsc() if recipe.metric == "normal" else matrix.tocsr()
-        if recipe.metric == "energy":
+        matrix = matrix.tocsc() if metric == "normal" else matrix.tocsr()
+        if metric == "energy":
             sizes = torch.from_numpy(matrix.diagonal().copy()).real
         else:
-            axis = 0 if recipe.metric == "normal" else 1
+            axis = 0 if metric == "normal" else 1
             sizes = torch.from_numpy(abs(matrix).power(2).sum(axis=axis))
     else:
         work = torch.float32 if A.dtype.itemsize == 2 else A.dtype
         matrix = A.to_dense().detach().to(work)
-        if recipe.metric == "energy":
+        if metric == "energy":
             sizes = torch.diagonal(matrix).real.clone()
         else:
-            sizes = matrix.abs().square().sum(0 if recipe.metric == "normal" else 1)
+            sizes = matrix.abs().square().sum(0 if metric == "normal" else 1)
     sizes = sizes.double()
     if not bool(torch.isfinite(sizes).all()):
         raise NonFiniteError(f"the matrix of {type(A).__name__} holds NaN or infinity")
-    return ProjectState.of(recipe, A, A.shape[1], matrix=matrix, sizes=sizes)
+    return ProjectState.of(recipe, A, A.shape[1], matrix=matrix, metric=metric, sizes=sizes)
 
 
 def draws(
@@ -96,6 +100,7 @@ class Projections:
 
     def __init__(self, recipe: SketchProject, problem: Problem, state: ProjectState) -> None:
         self.recipe, self.problem, self.state = recipe, problem, state
+        self.metric = state.metric
         A = problem.A
         self.generator = torch.Generator(A.device).manual_seed(recipe.seed)
         self.eps = torch.finfo(A.dtype).eps
@@ -119,12 +124,13 @@ class Projections:
         self.norm = 0.0  # of A, from below
         if state.sizes is not None and len(state.sizes):
             largest = max(0.0, state.sizes.amax().item())
-            self.norm = largest if recipe.metric == "energy" else math.sqrt(largest)
+            self.norm = largest if self.metric == "energy" else math.sqrt(largest)
 
     def run(self) -> Outcome:
         """Sweep until every column has a status."""
-        limit = self.recipe.limit(self.problem.A)
-        sweep = self.recipe.sweep(self.problem.A)
+        sweep = self.recipe.sweep(self.problem.A, self.metric)
+        limit = self.recipe.max_steps
+        limit = SWEEPS * sweep if limit is None else limit
         step = 0
         self.look(step, first=True)
         equations = self.equations()
@@ -135,12 +141,12 @@ class Projections:
                 step += 1
             if not self.running:
                 break
-            if self.recipe.metric != "normal" or step >= limit:
+            if self.metric != "normal" or step >= limit:
                 self.R = self.residual()
             self.look(step, first=False)
         self.store(self.running, SolveStatus.max_steps)
         self.info["column_steps"] = self.steps
-        if self.recipe.metric == "normal":
+        if self.metric == "normal":
             self.info["normal_residual"] = self.normal
         value = self.value.squeeze(1) if self.vector else self.value
         return Outcome(value, self.statuses, max(self.steps), self.residuals, info=self.info)
@@ -154,7 +160,7 @@ class Projections:
             while True:
                 yield self.gaussian_step()
         low = state.sizes.argmin().unsqueeze(0)
-        if self.recipe.metric == "energy" and state.sizes[low].item() < 0:
+        if self.metric == "energy" and state.sizes[low].item() < 0:
             self.is_negative(state.sizes[low].unsqueeze(1).to(self.X.dtype), self.units(low))
             yield False
         if not bool((state.sizes > 0).any()):
@@ -167,7 +173,7 @@ class Projections:
 
     def coordinate_step(self, index: Tensor) -> bool:
         """Solve the equations, or minimise over the coordinates, of an index."""
-        metric, sizes = self.recipe.metric, self.state.sizes
+        metric, sizes = self.metric, self.state.sizes
         assert sizes is not None
         rows = self.read(index)
         right = rows.mH @ self.R if metric == "normal" else self.B[index] - rows @ self.X
@@ -198,7 +204,7 @@ class Projections:
         """Solve random combinations of the equations."""
         problem, recipe = self.problem, self.recipe
         m, n = problem.A.shape
-        size = n if recipe.metric == "normal" else m
+        size = n if self.metric == "normal" else m
         S = torch.randn(
             size,
             min(recipe.block, size),
@@ -206,23 +212,23 @@ class Projections:
             device=self.X.device,
             generator=self.generator,
         )
-        G = problem.adjoint_product(S) if recipe.metric == "identity" else problem.product(S)
-        if recipe.metric == "normal":
+        G = problem.adjoint_product(S) if self.metric == "identity" else problem.product(S)
+        if self.metric == "normal":
             right, core = G.mH @ self.R, G.mH @ G
         else:
             right = S.mH @ self.B - G.mH @ self.X
-            core = G.mH @ G if recipe.metric == "identity" else S.mH @ G
+            core = G.mH @ G if self.metric == "identity" else S.mH @ G
         ratios = torch.linalg.vector_norm(G, dim=0) / torch.linalg.vector_norm(S, dim=0)
         largest = ratios.amax().item()
         if not math.isfinite(largest):
             self.store(self.running, SolveStatus.non_finite)
             return False
         self.norm = max(self.norm, largest)
-        if recipe.metric == "energy" and self.is_negative(core, S):
+        if self.metric == "energy" and self.is_negative(core, S):
             return False
         C = pseudo_solve(core, right)
-        self.X += (G if recipe.metric == "identity" else S) @ C
-        if recipe.metric == "normal":
+        self.X += (G if self.metric == "identity" else S) @ C
+        if self.metric == "normal":
             self.R -= G @ C
         return True
 
@@ -242,7 +248,7 @@ class Projections:
 
     def read(self, index: Tensor) -> Tensor:
         """Some rows ``[k, n]``, or columns ``[m, k]`` for the normal metric, in the work dtype."""
-        matrix, columns = self.state.matrix, self.recipe.metric == "normal"
+        matrix, columns = self.state.matrix, self.metric == "normal"
         if isinstance(matrix, Tensor):
             return matrix[:, index] if columns else matrix[index]
         where = index.numpy()
@@ -262,7 +268,7 @@ class Projections:
         problem, A = self.problem, self.problem.A
         found = norms(A.out_space, self.R)
         normal: list[float] | None = None
-        if self.recipe.metric == "normal":
+        if self.metric == "normal":
             R = self.R[:, 0] if self.vector else self.R
             normal = normal_residuals(problem, R, problem.adjoint_product(R), self.norm)
         x_norms = norms(A.space, self.X)
@@ -282,7 +288,7 @@ class Projections:
                 ended[place] = SolveStatus.precision
         if not problem.silent:
             problem.note(step, self.residuals)
-        if self.recipe.metric != "normal":
+        if self.metric != "normal":
             self.ask(found, ended, first=first)
         for status in set(ended.values()):
             self.store([self.running[p] for p in ended if ended[p] is status], status)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from woodbury.errors import ArgumentError, StructureError, TagError
 from woodbury.solvers.preconditioned import Iterative
 from woodbury.solvers.projections import (
+    SWEEPS,
     Metric,
     Projections,
     ProjectState,
@@ -46,7 +47,8 @@ class SketchProject(Iterative):
     within ``rtol`` $\|A\| \|r\|$. The others need a system that has a solution; where the
     residual has stopped falling LSMR is asked once whether there is one, and where it proves that
     there is none the status is ``inconsistent`` and the value the least-squares solution. From
-    ``x0 = 0`` and with the metric ``"identity"`` the limit is the solution of smallest norm.
+    ``x0 = 0`` and with the metric ``"identity"`` the limit is the solution of smallest norm; with
+    the others it depends on the draws where it is not unique.
 
     Args:
         rtol: converged when the true $\|b - A x\| \le$ ``rtol`` $\|b\|$.
@@ -106,14 +108,14 @@ class SketchProject(Iterative):
         if self.block < 1:
             raise ArgumentError(f"block is {self.block}; it must be at least 1")
 
-    def sweep(self, A: LinearOperator) -> int:
+    def sweep(self, A: LinearOperator, metric: Metric | None = None) -> int:
         """Steps from one look at the residual to the next."""
-        size = A.shape[1] if self.metric == "normal" else A.shape[0]
+        size = A.shape[1] if (metric or self.metric) == "normal" else A.shape[0]
         return max(1, -(-size // self.block))
 
     def limit(self, A: LinearOperator) -> int:
         """The number of steps after which to give up."""
-        return 200 * self.sweep(A) if self.max_steps is None else self.max_steps
+        return SWEEPS * self.sweep(A) if self.max_steps is None else self.max_steps
 
     def check(self, A: LinearOperator) -> None:
         """Raise where the projections would not be those of the method."""
@@ -132,11 +134,18 @@ class SketchProject(Iterative):
                 )
 
     def adjoint_state(self, A: LinearOperator, state: State) -> State:
-        """What the adjoint needs, other rows: prepared anew unless ``A`` is hermitian."""
-        return state if "hermitian" in A.tags else self.prepare(A.H)
+        """What the adjoint needs: prepared anew unless ``A`` is hermitian.
+
+        The adjoint of the solution of smallest norm is that of least squares, and the other way
+        about: so the metric changes.
+        """
+        if "hermitian" in A.tags:
+            return state
+        assert isinstance(state, ProjectState)  # made by _prepare
+        return prepared(self, A.H, "identity" if state.metric == "normal" else "normal")
 
     def _prepare(self, A: LinearOperator) -> ProjectState:
-        return prepared(self, A)
+        return prepared(self, A, self.metric)
 
     def _run(self, problem: Problem, state: ProjectState) -> Outcome:
         return Projections(self, problem, state).run()
