@@ -177,12 +177,14 @@ class Bidiagonalization:
 
     def _iterates(self, columns: Sequence[int]) -> Tensor:
         """The iterates of some running columns, as a block or vector of their own."""
-        if self.Y.dim() == 1:
-            return self.base + self.system.precondition(self.Y) if self.system.right else self.Y
-        Y = take(self.Y, columns)
+        one = self.Y.dim() == 1
+        Y = self.Y if one else take(self.Y, columns)
         if not self.system.right:
             return Y
-        return take(self.base, columns) + self.system.precondition(Y)
+        step = self.system.precondition(Y)
+        if not bool(torch.isfinite(step).all()):  # a start that is finite is worth more
+            step = torch.where(torch.isfinite(step).all(dim=0), step, 0)
+        return (self.base if one else take(self.base, columns)) + step
 
     def _look(self, claims: list[int], *, final: bool = False) -> None:
         """Compute the true quantities of some columns and end them, start anew, or go on."""
