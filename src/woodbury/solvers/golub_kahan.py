@@ -309,7 +309,10 @@ class Bidiagonalization:
             "column_steps": [column.steps for column in columns],
             "normal_residual": [column.normal_residual for column in columns],
             "norm": self._norm_of_A(),
-            "condition": [_ratio(column.largest, column.smallest) for column in columns],
+            "condition": _ratio(
+                max(column.largest for column in columns),
+                min(column.smallest for column in columns),
+            ),
         }
         return Outcome(
             self.value,

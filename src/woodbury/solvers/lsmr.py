@@ -36,9 +36,10 @@ class LSMR(LeastSquares):
     again from the iterate it has. As $\|A\|$ serves an estimate from below. The columns of a block
     share each product and leave the block as they converge.
 
-    ``info`` holds ``normal_residual`` and ``column_steps``, ``norm`` ($\|A\|$ from below) and
-    ``condition``, for each column the ratio of the extreme singular values of ``A`` (with the
-    preconditioner: of $AM$; with damping: of the damped operator) met so far, from below.
+    ``info`` holds ``normal_residual`` and ``column_steps`` of each column, ``norm`` ($\|A\|$ from
+    below) and ``condition``, the ratio of the extreme singular values of ``A`` met so far (with the
+    preconditioner: of $AM$; with damping: of the damped operator), an estimate from below that gets
+    sharp as the iteration converges.
 
     Args:
         rtol: tolerance of both tests.

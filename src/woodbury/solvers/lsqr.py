@@ -28,8 +28,8 @@ class LSQR(LeastSquares):
     \rho)\, w$ with the entries $\rho, \theta$ of the QR factorisation of ``B``. Where the residual
     is what counts it is ahead by a little; where $\|A^H r\|$ is, LSMR stops earlier.
 
-    ``info["local_error"]`` is, for each column, the norm of $A (x_i - x_{i-5})$ (of the damped
-    operator, if it is damped), a lower bound of $\|A (x^* - x_{i-5})\|$ at no cost.
+    ``info["local_error"]`` is, for each column, $\|A (x_i - x_{i-5})\| / \|b\|$ (of the damped
+    operator, if it is damped): at no cost, a lower bound of $\|A (x^* - x_{i-5})\| / \|b\|$.
 
     Args:
         rtol: tolerance of both tests, of $\|b - A x\| / \|b\|$ and of
@@ -62,7 +62,10 @@ class LSQR(LeastSquares):
         loop = _Loop(problem, state, self)
         outcome = loop.run(self.limit(problem.A))
         columns: list[_Column] = loop.all_columns  # type: ignore[assignment]
-        outcome.info["local_error"] = [math.hypot(*column.recent) for column in columns]
+        outcome.info["local_error"] = [
+            math.hypot(*column.recent) / b_norm
+            for column, b_norm in zip(columns, problem.b_norms, strict=True)
+        ]
         return outcome
 
 

@@ -42,6 +42,7 @@ _FACTORISATION_FAILURES: dict[type[Exception], SolveStatus] = {
 _OF_A_ZERO_COLUMN: dict[str, Any] = {
     "column_steps": 0,
     "normal_residual": 0.0,
+    "local_error": 0.0,
     "error_bound": ErrorBound(0.0, Guarantee.bound, "energy", math.nan, 0.0),
     "energy": None,
 }
