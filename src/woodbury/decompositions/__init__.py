@@ -16,6 +16,7 @@ from woodbury.decompositions.power import ExtremeEigenvalues, extreme_eigenvalue
 from woodbury.decompositions.range_finder import RangeBasis, range_finder
 from woodbury.decompositions.sketches import Hadamard, random_sketch
 from woodbury.decompositions.two_sided import TwoSided
+from woodbury.decompositions.volume import RowSample, sample_rows
 
 __all__ = [
     "ExtremeEigenvalues",
@@ -26,6 +27,7 @@ __all__ = [
     "NystromFactor",
     "PartialEigen",
     "RangeBasis",
+    "RowSample",
     "TwoSided",
     "cur",
     "extreme_eigenvalues",
@@ -37,5 +39,6 @@ __all__ = [
     "orthonormalize",
     "random_sketch",
     "range_finder",
+    "sample_rows",
     "utv",
 ]
