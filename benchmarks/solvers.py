@@ -28,7 +28,7 @@ import scipy.sparse.linalg as peers
 import torch
 
 from woodbury import CG, GMRES, MINRES, BiCGSTAB, LinearOperator, Solution, Sparse, solve
-from woodbury.solvers import IncompleteCholesky, Jacobi, Recipe
+from woodbury.solvers import BlockCG, IncompleteCholesky, Jacobi, Recipe
 
 RTOL = 1e-8
 RESTART = 30
@@ -37,6 +37,7 @@ STIFF = ("bcsstk01", "bcsstk13", "bcsstk16", "airfoil", "unit_square", "bar")
 GENERAL = ("recirc_flow", "cryg2500", "olm1000", "west0067", "helmholtz_2D")
 OURS: dict[str, Callable[..., Recipe]] = {
     "CG": CG,
+    "BlockCG": BlockCG,
     "MINRES": MINRES,
     "GMRES": lambda **options: GMRES(restart=RESTART, **options),
     "BiCGSTAB": BiCGSTAB,
@@ -167,7 +168,7 @@ def single(name: str, A: Any, method: str, label: str, repeats: int) -> list[str
 
 def of(A: Any, method: str, label: str) -> tuple[Sparse, LinearOperator | None]:
     """Our operator, with the tags that the method needs, and a preconditioner made for it."""
-    tags = {"positive_definite"} if method in ("CG", "MINRES") else set()
+    tags = {"positive_definite"} if method in ("CG", "BlockCG", "MINRES") else set()
     operator = Sparse(A, tags=tags)
     kinds = {"Jacobi": Jacobi(), "IC(0)": IncompleteCholesky()}
     if label not in kinds:
@@ -192,11 +193,14 @@ def block(name: str, A: Any, method: str, label: str, columns: int, repeats: int
     right = torch.from_numpy(B)
     limit = 10 * A.shape[0]
     P = for_scipy(A, M, label)
-    theirs = peer(method, A, B[:, 0].copy(), P, limit)
+    theirs = peer("CG" if method == "BlockCG" else method, A, B[:, 0].copy(), P, limit)
+    # One column of a block method is CG.
+    single_recipe = CG(rtol=RTOL, preconditioner=M) if method == "BlockCG" else recipe
+    single_state = single_recipe.prepare(operator)
     apart = [b.contiguous() for b in right.T]
 
     def one_by_one() -> list[Solution]:
-        return [solve(operator, b, recipe, state=state, throw=False) for b in apart]
+        return [solve(operator, b, single_recipe, state=single_state, throw=False) for b in apart]
 
     def by_scipy() -> None:
         for b in B.T:
@@ -262,7 +266,9 @@ def main() -> None:
     for name, A in matrices.items():
         method, label = ("CG", "Jacobi") if name in STIFF else ("GMRES", "none")
         if name in ("recirc_flow", "helmholtz_2D") or name in STIFF:
-            blocks.append(block(name, A, method, label, options.columns, 1 + (A.nnz < 50_000)))
+            for kind in ("CG", "BlockCG") if name in STIFF else (method,):
+                repeats = 1 + (A.nnz < 50_000)
+                blocks.append(block(name, A, kind, label, options.columns, repeats))
     for place, what in enumerate(("SciPy's columns", "our columns")):
         good = sum(v[place] == "PASS" for v in blocks)
         print(f"blocks against {what} one by one, at least 4 times faster: {good} of {len(blocks)}")

@@ -31,7 +31,8 @@ class Sparse(LinearOperator):
 
     Products run in torch's CSR kernels, on the CPU with indices of 32 bits: those of MKL read them
     as they are, and a product is bound by what it reads. Complex products on the CPU, and all where
-    torch was built without MKL, run in SciPy, which is then the faster. They can be differentiated with respect to the stored values.
+    torch was built without MKL, run in SciPy, which is then the faster. They can be differentiated
+    with respect to the stored values.
 
     Sums with sparse and diagonal matrices are sparse again, so ``A + c * Identity(n)`` has the
     structural inverse.

@@ -2,6 +2,7 @@
 
 from woodbury.solvers.auto import Auto, AutoState, Choice
 from woodbury.solvers.bicgstab import BiCGSTAB
+from woodbury.solvers.block_cg import BlockCG
 from woodbury.solvers.block_jacobi import BlockJacobi
 from woodbury.solvers.certificate import (
     EnergyHistory,
@@ -64,6 +65,7 @@ __all__ = [
     "Auto",
     "AutoState",
     "BiCGSTAB",
+    "BlockCG",
     "BlockJacobi",
     "Chebyshev",
     "Choice",
