@@ -1,159 +1,84 @@
-"""LSMR and LSQR beside SciPy's: systems with a solution, least squares, and a block of columns.
+"""Dense least squares at several condition numbers: a sketch as preconditioner beside LAPACK.
 
-Steps to a relative residual of 1e-8 on square matrices, with the true residual reached and the
-shortest time of several; each stops at 10 n steps, or earlier where neither would get there. For
-least squares (the columns of a matrix of the pack doubled by rows of another) the figure is
-||A^T r|| / (||A|| ||r||), recomputed for both: SciPy estimates ||A|| by a sum that grows with the
-steps, so that with the same tolerance it stops earlier. Below, QR and LAPACK's gelsd on a dense
-problem, and 32 right-hand sides together and one by one. Reads the matrices of the data folder
-(WOODBURY_DATA, by default ../shared/data beside the repository).
+For each condition number prints the steps of woodbury's SketchPrecondition, the time with the
+sketch, the excess of the residual over the least, and the error of the solution; SciPy's lstsq
+(LAPACK's gelsy, a pivoted QR factorisation), which is the reference for the error, and SciPy's
+LSQR, which sees the condition number, beside it; and the ratios of the times.
 
-    python benchmarks/least_squares.py [--threads 1] [--repeats 3]
+    python benchmarks/least_squares.py [--threads 1] [--rows 40000] [--columns 400]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from solvers import load, shortest
 
-from woodbury import LSMR, LSQR, QR, Dense, Diagonal, Sparse, solve
-
-RTOL = 1e-8
-LIMIT = 20_000
-SQUARE = ("bcsstk01", "west0067", "olm1000", "cryg2500", "recirc_flow", "unit_square", "airfoil")
-TALL = ("unit_square", "airfoil", "recirc_flow")
-RECIPES = {"LSMR": LSMR, "LSQR": LSQR}
+from woodbury import Dense, SketchPrecondition, solve
 
 
-def by_scipy(method: str, A: Any, b: np.ndarray, limit: int, atol: float) -> tuple[Any, int]:
-    if method == "LSMR":
-        x, _, steps, *_ = scipy.sparse.linalg.lsmr(
-            A, b, atol=atol, btol=RTOL, conlim=0, maxiter=limit
-        )
-    else:
-        x, _, steps, *_ = scipy.sparse.linalg.lsqr(
-            A, b, atol=atol, btol=RTOL, conlim=0, iter_lim=limit
-        )
-    return x, steps
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
 
 
-def compare(label: str, A: Any, b: np.ndarray, repeats: int, *, consistent: bool) -> None:
-    operator, right = Sparse(A), torch.from_numpy(b)
-    limit = min(LIMIT, 10 * A.shape[1])
-    size = 0.0
-    if not consistent:
-        size = float(scipy.sparse.linalg.svds(A, 1, return_singular_vectors=False)[0])
+def system(m: int, n: int, condition: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of that condition number, and a right-hand side a thousandth outside its range."""
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    A = (Q * torch.logspace(0, -float(np.log10(condition)), n, dtype=torch.float64)) @ V.T
+    b = A @ torch.randn(n, generator=generator, dtype=torch.float64)
+    noise = torch.randn(m, generator=generator, dtype=torch.float64)
+    return A.contiguous(), b + 1e-3 * float(b.norm() / noise.norm()) * noise
 
-    def worth(x: np.ndarray) -> float:
-        r = b - A @ x
-        if consistent:
-            return float(np.linalg.norm(r) / np.linalg.norm(b))
-        return float(np.linalg.norm(A.T @ r) / (size * np.linalg.norm(r)))
 
-    for method, recipe in RECIPES.items():
-        # A residual that vanishes is asked for alone where there is one.
-        atol = 0.0 if consistent else RTOL
-        (theirs, (x, steps)), (ours, solution) = shortest(
-            repeats,
-            lambda method=method, atol=atol: by_scipy(method, A, b, limit, atol),
-            lambda recipe=recipe: solve(
-                operator, right, recipe(rtol=RTOL, max_steps=limit), throw=False
-            ),
-        )
+def compare(m: int, n: int, condition: float, limit: int) -> None:
+    M, b = system(m, n, condition)
+    A, matrix, right = Dense(M), M.numpy(), b.numpy()
+    peer_time, peer = timed(lambda: scipy.linalg.lstsq(matrix, right, lapack_driver="gelsy"))
+    exact = torch.from_numpy(peer[0])
+    least = float((b - M @ exact).norm())
+    print(f"condition {condition:.0e}: LAPACK {peer_time:.2f}")
+    for sketch in ("sparse_sign", "gaussian"):
+        recipe = SketchPrecondition(rtol=1e-8, sketch=sketch)
+        ours_time, ours = timed(lambda r=recipe: solve(A, b, r, throw=False))
+        excess = float((b - M @ ours.value).norm()) / least - 1
+        error = float((ours.value - exact).norm() / exact.norm())
         print(
-            f"{label:24} {method:5} SciPy {steps:6} {worth(x):8.1e} {1e3 * theirs:9.1f} ms   "
-            f"woodbury {solution.steps:6} {worth(solution.value.numpy()):8.1e} "
-            f"{1e3 * ours:9.1f} ms {solution.status.name:13} steps {solution.steps / steps:6.3f}, "
-            f"per step {ours / max(1, solution.steps) / (theirs / steps):5.2f}"
+            f"  {sketch:12s} {ours.steps:4d} steps, {ours_time:6.2f}, {ours.status.name}, "
+            f"residual above the least by {excess:.1e}, solution off by {error:.1e}; "
+            f"time / LAPACK's {ours_time / peer_time:.2f}"
         )
-
-
-def scaled(label: str, A: Any, b: np.ndarray) -> None:
-    """Columns of very different lengths, with and without their scaling."""
-    lengths = 10.0 ** np.random.default_rng(1).uniform(-2, 2, A.shape[1])
-    A = (A @ scipy.sparse.diags_array(lengths)).tocsr()
-    norms = np.sqrt(A.multiply(A).sum(axis=0))
-    scaling = Diagonal(torch.from_numpy(1 / norms))
-    operator, right = Sparse(A), torch.from_numpy(b)
-    limit = min(LIMIT, 10 * A.shape[1])
-    plain = solve(operator, right, LSMR(rtol=RTOL, max_steps=limit), throw=False)
-    recipe = LSMR(rtol=RTOL, max_steps=limit, preconditioner=scaling)
-    helped = solve(operator, right, recipe, throw=False)
+    lsqr_time, found = timed(
+        lambda: scipy.sparse.linalg.lsqr(matrix, right, atol=1e-14, btol=1e-14, iter_lim=limit)
+    )
+    excess = float((b - M @ torch.from_numpy(found[0])).norm()) / least - 1
     print(
-        f"{label:24} columns scaled by 1e-2 to 1e2: LSMR {plain.steps} steps ({plain.status.name}),"
-        f" with 1 / norms of the columns {helped.steps} ({helped.status.name})"
+        f"  SciPy LSQR   {found[2]:4d} steps, {lsqr_time:6.2f}, residual above the least by "
+        f"{excess:.1e}",
+        flush=True,
     )
-
-
-def block(label: str, A: Any, columns: int, repeats: int) -> None:
-    B = torch.from_numpy(np.random.default_rng(2).standard_normal((A.shape[0], columns)))
-    operator, recipe = Sparse(A), LSMR(rtol=RTOL, max_steps=LIMIT)
-    (together, solution), (apart, alone) = shortest(
-        repeats,
-        lambda: solve(operator, B, recipe, throw=False),
-        lambda: [solve(operator, b, recipe, throw=False) for b in B.T.contiguous()],
-    )
-    print(
-        f"{label:24} k = {columns}: {1e3 * together:.1f} ms together, {1e3 * apart:.1f} ms one by "
-        f"one, ratio {apart / together:.2f}; column steps {sum(solution.info['column_steps'])} "
-        f"against {sum(s.steps for s in alone)}"
-    )
-
-
-def direct(repeats: int) -> None:
-    rng = np.random.default_rng(3)
-    for m, n, rank in ((2000, 500, 500), (2000, 500, 300)):
-        A = rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
-        b = rng.standard_normal(m)
-        operator, right = Dense(torch.from_numpy(A)), torch.from_numpy(b)
-        (theirs, (x, *_)), (ours, solution) = shortest(
-            repeats,
-            lambda A=A, b=b: scipy.linalg.lstsq(A, b, cond=1e-12),
-            lambda operator=operator, right=right: solve(operator, right, QR()),
-        )
-        apart = np.linalg.norm(solution.value.numpy() - x) / np.linalg.norm(x)
-        print(
-            f"dense {m} x {n} of rank {rank}: LAPACK gelsd {1e3 * theirs:.0f} ms, QR "
-            f"{1e3 * ours:.0f} ms, ratio {ours / theirs:.2f}; apart by {apart:.1e}"
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    root = Path(__file__).resolve().parents[1]
-    folder = Path(os.environ.get("WOODBURY_DATA", root / "../shared/data")).resolve() / "matrices"
-    if not folder.is_dir():
-        sys.exit(f"{folder} is missing: set WOODBURY_DATA to the folder with the data")
-    print(f"{arguments.threads} thread(s), shortest of {arguments.repeats}, rtol {RTOL:g}")
-    rng = np.random.default_rng(0)
-    for name in SQUARE:
-        A = load(folder, name)
-        compare(name, A, A @ rng.standard_normal(A.shape[1]), arguments.repeats, consistent=True)
-    for name in TALL:
-        half = load(folder, name)
-        half = half / abs(half).max()
-        n = half.shape[0]
-        order = rng.permutation(n)
-        A = scipy.sparse.vstack([half, half[order][:, order[::-1]]]).tocsr()
-        b = rng.standard_normal(2 * n)
-        compare(f"{name} {2 * n} x {n}", A, b, arguments.repeats, consistent=False)
-        scaled(f"{name} {2 * n} x {n}", A, b)
-        block(f"{name} {2 * n} x {n}", A, 32, max(2, arguments.repeats // 2))
-    direct(arguments.repeats)
+    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--columns", type=int, default=400)
+    parser.add_argument("--limit", type=int, default=400, help="steps of LSQR")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{options.rows} x {options.columns}, {options.threads} threads; times in seconds")
+    for condition in (1e2, 1e6, 1e10):
+        compare(options.rows, options.columns, condition, options.limit)
 
 
 if __name__ == "__main__":
