@@ -112,8 +112,8 @@ class SpectralDensity:
         """
         if self.run is None:
             return exactly(f(self.nodes).sum(), self.method, self.products, self._rounding(f))
-        samples = self.n * means(self.nodes, self.weights, f)
-        error = self.n * float(tail(self.run, f).mean())
+        values = means(self.nodes, self.weights, f)
+        samples, error = self.n * values, self.n * float(tail(self.run, f, values).mean())
         return of_samples(
             samples, bias=error + self._rounding(f), products=self.products, method=self.method
         )

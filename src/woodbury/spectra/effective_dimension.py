@@ -77,11 +77,11 @@ def effective_dimension(
         values = values.clamp_min(0)
         return exactly(f(values).sum(), method, n, n * noise / damping)
     run = method.run(A, seeded(A, generator))
-    nodes = run.quadrature()[0]
-    noise = _noise(A, nodes)
-    _require_semidefinite(nodes, noise)
+    rule = run.quadrature()
+    noise = _noise(A, rule[0])
+    _require_semidefinite(rule[0], noise)
     # Rounding makes zeros a little negative, so that the bound is a little lower.
-    return enclosed(run, f, n, method, lower=-min(2 * noise, damping / 2))
+    return enclosed(run, f, n, method, rule, lower=-min(2 * noise, damping / 2))
 
 
 def _noise(A: LinearOperator, values: Tensor) -> float:

@@ -20,6 +20,7 @@ def enclosed(
     f: Callable[[Tensor], Tensor],
     n: int,
     method: SLQ,
+    rule: tuple[Tensor, Tensor],
     lower: float | None = None,
 ) -> Estimate:
     r"""$\operatorname{tr} f(A)$ for ``f`` whose even derivatives are negative, odd ones positive.
@@ -33,16 +34,17 @@ def enclosed(
         f: the function.
         n: size of the operator.
         method: what was used.
+        rule: nodes and weights of ``run``.
         lower: a lower bound of the spectrum; without it the error is extrapolated.
 
     Raises:
         ArgumentError: an eigenvalue below ``lower`` was found.
     """
-    nodes, weights = run.quadrature()
+    nodes, weights = rule
     gauss = means(nodes, weights, f)
     rounding = torch.finfo(torch.float64).eps * float(means(nodes, weights, _size(f)).max())
     if lower is None:
-        samples, gap = gauss, float(tail(run, f).mean())
+        samples, gap = gauss, float(tail(run, f, gauss).mean())
     else:
         low = float(nodes.min())
         if not low > lower:

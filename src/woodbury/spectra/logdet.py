@@ -20,6 +20,7 @@ from woodbury.spectra.slq import SLQ, eigenvalues_by_products
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodbury.decompositions.lanczos_batch import LanczosBatch
     from woodbury.operators.base import LinearOperator
 
 __all__ = ["logdet"]
@@ -104,8 +105,7 @@ def logdet(
     generator = seeded(A, generator)
     if rank == 0:
         run = method.run(A, generator)
-        _require_positive(run.quadrature()[0])
-        return enclosed(run, torch.log, n, method, lower)
+        return enclosed(run, torch.log, n, method, _positive(run), lower)
     factor = nystrom(A, rank, generator=generator)
     last = float(factor.eigenvalues[-1])
     root = PartialEigen(factor.basis, factor.eigenvalues.rsqrt(), last**-0.5, space=A.space)
@@ -119,11 +119,16 @@ def logdet(
         space=A.space,
     )
     run = method.run(B, generator)
-    _require_positive(run.quadrature()[0])
-    found = enclosed(run, torch.log, n, method)
+    found = enclosed(run, torch.log, n, method, _positive(run))
     known = precise(factor.operator().values).log().sum().cpu()
     known = known + (n - factor.basis.shape[1]) * torch.tensor(last, dtype=torch.float64).log()
     return replace(found, value=found.value + known, products=found.products + factor.products)
+
+
+def _positive(run: LanczosBatch) -> tuple[Tensor, Tensor]:
+    rule = run.quadrature()
+    _require_positive(rule[0])
+    return rule
 
 
 def _require_positive(values: Tensor) -> None:

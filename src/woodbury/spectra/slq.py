@@ -150,20 +150,25 @@ def means(nodes: Tensor, weights: Tensor, f: Callable[[Tensor], Tensor]) -> Tens
     return torch.where(weights > 0, f(nodes) * weights, 0).sum(1)
 
 
-def tail(run: LanczosBatch, f: Callable[[Tensor], Tensor]) -> Tensor:
+def tail(run: LanczosBatch, f: Callable[[Tensor], Tensor], now: Tensor) -> Tensor:
     r"""An estimate of how far every Gauss rule is from the integral: ``[p]``.
 
     Rules of $m$, $m - s$ and $m - 2s$ nodes differ by $d_1$ and $d_0$. An error that falls like
     $m^{-q}$ has $q$ in $d_1 / d_0$, and what is left of it is $d_1 / ((1 - s/m)^{-q} - 1)$. Errors
     for analytic $f$ fall faster in the end; before, and for the logarithm of badly conditioned
     operators always in practice, they fall like this.
+
+    Args:
+        run: the tridiagonal matrices.
+        f: what is integrated.
+        now: the values of the whole rules, ``[p]``.
     """
     m = run.diagonal.shape[1]
     exact = run.remainder == 0
     if m < 3:
         return torch.where(exact, 0.0, math.inf)
     s = max(1, m // 4)
-    now, before, first = (means(*run.quadrature(m - j * s), f) for j in range(3))
+    before, first = (means(*run.quadrature(m - j * s), f) for j in (1, 2))
     last, earlier = (now - before).abs(), (before - first).abs()
     ratio = last / earlier.clamp_min(torch.finfo(torch.float64).tiny)
     low, high = torch.full_like(ratio, 0.5), torch.full_like(ratio, 50.0)
