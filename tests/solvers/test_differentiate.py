@@ -510,6 +510,78 @@ def test_products_that_cannot_be_followed() -> None:
         assert solve(hidden, random(n), CG()).ok
 
 
+def curvature(w: Tensor) -> LinearOperator:
+    """The Hessian of a sum of squares and quartics, by transforms inside the product."""
+
+    def product(X: Tensor) -> Tensor:
+        loss = lambda w: (w**2).sum() + (w**4).sum()  # noqa: E731
+        return torch.stack([jvp(grad(loss), (w,), (x,))[1] for x in X.unbind(1)], dim=1)
+
+    return FunctionOperator(product, (n, n), tags={"positive_definite"}, dtype=F64)
+
+
+def test_transforms_inside_products() -> None:
+    w, b = random(n).requires_grad_(), random(n)
+    (found,) = torch.autograd.grad(solve(curvature(w), b, CG(rtol=1e-13)).value.sum(), w)
+    (expected,) = torch.autograd.grad((b / (2 + 12 * w**2)).sum(), w)
+    assert error_of(found, expected) < 1e-10
+
+    def value(w: Tensor) -> Tensor:
+        return solve(curvature(w), b, CG(rtol=1e-13)).value
+
+    w = w.detach()
+    assert error_of(grad(lambda w: value(w).sum())(w), expected) < 1e-10
+    assert error_of(jvp(value, (w,), (w,))[1], expected * w) < 1e-10
+    second = torch.diag(b * (1152 * w**2 / (2 + 12 * w**2) ** 3 - 24 / (2 + 12 * w**2) ** 2))
+    assert error_of(hessian(lambda w: value(w).sum())(w), second) < 1e-9
+    W = random(2, n)
+    assert error_of(vmap(value)(W), b / (2 + 12 * W**2)) < 1e-10
+
+
+def test_products_of_an_earlier_graph() -> None:
+    w = random(n).requires_grad_()
+    (slope,) = torch.autograd.grad((w**4).sum() + (w**2).sum(), w, create_graph=True)
+
+    def product(X: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                torch.autograd.grad(slope, w, x, retain_graph=True, create_graph=True)[0]
+                for x in X.unbind(1)
+            ],
+            dim=1,
+        )
+
+    A = FunctionOperator(product, (n, n), tags={"positive_definite"}, dtype=F64)
+    with pytest.raises(GradientError, match="cannot be differentiated|out of sight"):
+        solve(A, random(n), CG()).value.sum().backward()
+
+
+def test_what_functions_close_over() -> None:
+    class Rule:
+        def __init__(self, t: Tensor) -> None:
+            self.parts = {"t": t}
+
+        def __call__(self, X: Tensor) -> Tensor:
+            return BASE @ X + self.parts["t"][:, None] ** 2 * X
+
+    def of_object(t: Tensor) -> LinearOperator:
+        return FunctionOperator(Rule(t), (n, n), tags={"positive_definite"}, dtype=F64)
+
+    t, b = point((n,)).requires_grad_(), random(n)
+    layer = torch.nn.Linear(n, n, bias=False, dtype=F64)
+    layer.weight.data.copy_(BASE)
+    of_module = FunctionOperator(
+        lambda X: layer(X.mT).mT, (n, n), tags={"positive_definite"}, dtype=F64
+    )
+    for A, M, of in (
+        (of_object(t), BASE + torch.diag(t**2), t),
+        (of_module, layer.weight, layer.weight),
+    ):
+        (found,) = torch.autograd.grad(solve(A, b, CG(rtol=1e-13)).value.sum(), of)
+        (expected,) = torch.autograd.grad(exact(M, b).sum(), of)
+        assert error_of(found, expected) < 1e-10
+
+
 def test_products_that_fail_with_gradients() -> None:
     t = torch.ones(n, dtype=F64).requires_grad_()
 

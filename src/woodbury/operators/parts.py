@@ -81,7 +81,7 @@ def watched_tensors(operator: LinearOperator) -> list[Tensor]:
     X = torch.zeros(operator.shape[1], 1, dtype=operator.dtype, device=operator.device)
     with torch.no_grad(), _Recorder(X) as recorder:
         operator._matmat(X)
-    return list(recorder.found.values())
+    return [tensor for tensor in recorder.found.values() if not _has_escaped(tensor)]
 
 
 def from_outside(
@@ -273,6 +273,17 @@ def _operators(value: Any) -> Iterator[LinearOperator]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _operators(item)
+
+
+def _has_escaped(tensor: Tensor) -> bool:
+    """Whether it belongs to a transform inside the product, which has ended."""
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if functorch.is_dead_tensor_wrapper(tensor):
+        return True
+    current = functorch.maybe_current_level()
+    return bool(current is None or functorch.maybe_get_level(tensor) > current)
 
 
 def _matters(value: Tensor) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from woodbury.errors import GradientError
+from woodbury.errors import GradientError, WoodburyError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.parts import (
     is_opaque,
@@ -161,16 +161,23 @@ class System:
     def run_plain(self, b: Tensor, x0: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
         """Solve with tensors that belong to no transform, which ``A`` itself may."""
         A, recipe = self.remade(tensors, plain=True)
-        solution = self._run(A, recipe, b, x0, None)
+        try:
+            solution = self._run(A, recipe, b, x0, None)
+        except RuntimeError as error:
+            if isinstance(error, WoodburyError) or not is_opaque(self.A):
+                raise
+            raise self._out_of_reach() from error
         if torch._C._functorch.is_functorch_wrapped_tensor(solution.value):
-            raise GradientError(
-                f"the products of {type(self.A).__name__} use tensors of a torch.func transform in "
-                "a way that cannot be followed (inside a transform of their own, or a custom "
-                "autograd.Function): differentiate by backward(), or write the product with plain "
-                "tensor operations"
-            )
+            raise self._out_of_reach()
         self.solved.append(solution)
         return solution
+
+    def _out_of_reach(self) -> GradientError:
+        return GradientError(
+            f"the products of {type(self.A).__name__} use tensors of a torch.func transform in a "
+            "way that cannot be followed (in a custom autograd.Function, or a graph made before): "
+            "write the product with plain tensor operations, or differentiate by backward()"
+        )
 
     def remade(
         self, tensors: Sequence[Tensor], *, plain: bool = False

@@ -209,9 +209,8 @@ def _covers(tensors: Sequence[Tensor], result: Tensor) -> bool:
 def _out_of_sight(name: str) -> GradientError:
     return GradientError(
         f"the products of {name} carry a gradient of tensors that they use out of sight (in a "
-        "torch.func transform, a custom autograd.Function or a graph made before): write the "
-        "product with plain tensor operations, call solve() under torch.no_grad(), or detach those "
-        "tensors"
+        "custom autograd.Function, or a graph made before): write the product with plain tensor "
+        "operations, call solve() under torch.no_grad(), or detach those tensors"
     )
 
 

@@ -112,7 +112,7 @@ def solve(
         TagError: the recipe relies on a tag that the operator does not have.
         GradientError: a gradient is asked for that does not exist (with respect to ``x0``), or
             that cannot be had: products use tensors with a gradient in a custom
-            ``autograd.Function``, in a graph made before or in a transform of their own.
+            ``autograd.Function``, or in a graph made before.
 
     Cost: that of the recipe, and one product for the residual where the recipe has not taken it.
 
