@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.io
@@ -205,6 +207,33 @@ def test_operators_that_are_not_sparse_are_formed() -> None:
         assert solution.ok
         assert solution.products == N + solution.steps
         assert error_of(solution.value, solution_of(M, b)) < 1e-4
+
+
+@hypothesis.given(
+    n=st.integers(1, 30),
+    seed=st.integers(0, 10_000),
+    complex_entries=st.booleans(),
+    drop=st.sampled_from([None, 1e-1, 1e-3]),
+    slack=st.sampled_from([0.0, 0.3]),
+)
+@hypothesis.settings(max_examples=80)
+def test_random_patterns(
+    n: int, seed: int, complex_entries: bool, drop: float | None, slack: float
+) -> None:
+    dtype = torch.complex128 if complex_entries else F64
+    matrix = scattered(n, dtype, seed=seed)
+    # Less diagonal than dominance asks for: a shift may be needed.
+    matrix = scipy.sparse.csr_array(matrix - slack * scipy.sparse.diags_array(matrix.diagonal()))
+    A = Sparse(matrix, tags={"hermitian"})
+    recipe = IncompleteCholesky(drop=drop)
+    state = recipe.prepare(A)
+    dense = recipe.as_preconditioner(A, state).to_dense()
+    assert torch.linalg.eigvalsh((dense + dense.mH) / 2)[0] > 0
+    assert state.shift == 0 or slack > 0
+    if drop is None:
+        factor, _ = LevelZero(matrix).factorize(state.shift)
+        whole = torch.from_numpy((factor @ factor.conj().T).toarray())
+        assert error_of(torch.linalg.inv(whole), dense * 1.0) < 1e-8
 
 
 # ------------------------------------------------------------------- failures

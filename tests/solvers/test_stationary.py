@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import scipy.sparse
 import torch
+from tests.conformance import OperatorConformance
 from tests.solvers.systems import (
     DTYPES,
     N,
@@ -476,3 +479,84 @@ def test_what_needs_symmetry_says_so() -> None:
         solve(Dense(random(4, 3)), b, Jacobi())
     with pytest.raises(TagError, match="hermitian"):
         solve(Dense(eye(4), tags={"hermitian"}), b, Richardson(preconditioner=Dense(random(4, 4))))
+
+
+# ---------------------------------------------------------------- random systems
+
+
+@hypothesis.given(
+    eigenvalues=st.lists(st.floats(0.05, 20.0), min_size=1, max_size=12),
+    seed=st.integers(0, 1000),
+    columns=st.integers(1, 3),
+    name=st.sampled_from(
+        ["richardson", "gauss-seidel", "gauss-seidel-symmetric", "sor", "ssor", "chebyshev"]
+    ),
+)
+@hypothesis.settings(max_examples=80)
+def test_random_definite_spectra_always_converge(
+    eigenvalues: list[float], seed: int, columns: int, name: str
+) -> None:
+    n = len(eigenvalues)
+    M = with_spectrum(torch.tensor(eigenvalues, dtype=F64), seed=seed)
+    b = random(n, columns, seed=seed + 1)
+    solution = solve(
+        Dense(M, tags={"positive_definite"}), b, MAKE[name](rtol=1e-6, max_steps=60_000)
+    )
+    assert solution.status is SolveStatus.converged
+    assert (residual_of(M, solution.value, b) <= 1.001e-6).all()
+    condition = max(eigenvalues) / min(eigenvalues)
+    assert error_of(solution.value, solution_of(M, b)) <= 1.1e-6 * condition
+
+
+@hypothesis.given(
+    eigenvalues=st.lists(st.floats(0.1, 10.0), min_size=3, max_size=10),
+    negative=st.floats(-5.0, -0.05),
+    seed=st.integers(0, 1000),
+    name=st.sampled_from(["richardson", "ssor", "chebyshev", "gauss-seidel"]),
+)
+@hypothesis.settings(max_examples=60)
+def test_random_indefinite_spectra_never_pass_for_solved_wrongly(
+    eigenvalues: list[float], negative: float, seed: int, name: str
+) -> None:
+    M = with_spectrum(torch.tensor([negative, *eigenvalues], dtype=F64), seed=seed)
+    b = random(len(M), seed=seed + 1)
+    solution = solve(
+        Dense(M, tags={"hermitian"}), b, MAKE[name](rtol=1e-8, max_steps=3000), throw=False
+    )
+    true = residual_of(M, solution.value, b)
+    assert torch.allclose(solution.residual, true, rtol=1e-6, atol=1e-12)
+    assert solution.ok == bool(true <= 1.001e-8)
+    assert true <= 1 + 1e-12  # never worse than no answer
+
+
+class TestSweeps(OperatorConformance):
+    differentiable_in_x = False
+
+    def make(self):
+        cases = []
+        for dtype in DTYPES:
+            M = definite(dtype=dtype) + eye().to(dtype)
+            for tags in (set(), {"positive_definite"}):
+                A = Dense(M, tags=tags)
+                recipe = GaussSeidel(sweep="symmetric" if tags else "forward", sweeps=3)
+                state = recipe.prepare(A)
+                step = wide(state.preconditioner.to_dense())
+                G = torch.eye(N, dtype=step.dtype) - step @ wide(M)
+                want = step + G @ step + G @ G @ step
+                cases.append((recipe.as_preconditioner(A, state), want))
+        return cases
+
+
+class TestChebyshevPolynomial(OperatorConformance):
+    def make(self):
+        cases = []
+        for dtype in DTYPES:
+            M = definite(dtype=dtype)
+            A = Dense(M, tags={"positive_definite"})
+            recipe = Chebyshev(bounds=(0.1, 1.1), degree=1)
+            # Two steps: residual T_2((0.6 - t) / 0.5) / T_2(1.2) with T_2(x) = 2 x^2 - 1.
+            shifted = (0.6 * eye().to(wide(M).dtype) - wide(M)) / 0.5
+            residual = (2 * shifted @ shifted - eye().to(wide(M).dtype)) / (2 * 1.2**2 - 1)
+            want = torch.linalg.solve(wide(M), eye().to(wide(M).dtype) - residual)
+            cases.append((recipe.as_preconditioner(A, recipe.prepare(A)), want))
+        return cases
