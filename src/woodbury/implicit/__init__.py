@@ -5,12 +5,17 @@
 - :class:`Implicit`, :class:`Unrolled`, :class:`Truncated`, :class:`OneStep`, :class:`Phantom`: how.
 - :func:`compare_modes`: all of them beside finite differences.
 - :func:`stationarity`: whether a solution is one, and how far off it may be.
+- :class:`GradientDescent`, :class:`LBFGS`, :class:`AcceleratedProximalGradient`, :class:`Anderson`,
+  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`: solvers, for batches.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
 """
 
+from woodbury.implicit.accelerated import AcceleratedProximalGradient
+from woodbury.implicit.anderson import Anderson
 from woodbury.implicit.attach import WarmStart
+from woodbury.implicit.blocks import BlockCoordinateDescent
 from woodbury.implicit.compare import ModeComparison, ModeRow, compare_modes
 from woodbury.implicit.conditions import (
     Cones,
@@ -24,6 +29,10 @@ from woodbury.implicit.conditions import (
     stationary,
 )
 from woodbury.implicit.decorators import fixed_point, minimize, root
+from woodbury.implicit.descent import GradientDescent
+from woodbury.implicit.iteration import Found, InnerSolver, IterationStatus
+from woodbury.implicit.lbfgs import LBFGS
+from woodbury.implicit.mirror import MirrorDescent
 from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
 from woodbury.implicit.newton import newton_cg
 from woodbury.implicit.products import attach, implicit_jvp, implicit_vjp
@@ -52,9 +61,18 @@ from woodbury.implicit.solver import ImplicitSolver
 from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
 
 __all__ = [
+    "LBFGS",
+    "AcceleratedProximalGradient",
+    "Anderson",
+    "BlockCoordinateDescent",
     "Cones",
+    "Found",
+    "GradientDescent",
     "Implicit",
     "ImplicitSolver",
+    "InnerSolver",
+    "IterationStatus",
+    "MirrorDescent",
     "Mode",
     "ModeComparison",
     "ModeRow",
