@@ -28,14 +28,17 @@ from woodbury import (
     solve,
 )
 from woodbury.errors import ArgumentError, ShapeError
-from woodbury.solvers import LU, SolveStatus
+from woodbury.solvers import (
+    LU,
+    SolveStatus,
+    smallest_eigenvalue_bound,
+    smallest_singular_value_bound,
+)
 from woodbury.solvers.certificate import (
     ErrorBound,
     Guarantee,
     energy_history,
     error_bound,
-    smallest_eigenvalue_bound,
-    smallest_singular_value_bound,
 )
 
 F64 = torch.float64

@@ -280,7 +280,7 @@ def _has_escaped(tensor: Tensor) -> bool:
     functorch = torch._C._functorch
     if not functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    if functorch.is_dead_tensor_wrapper(tensor):
+    if functorch.unwrap_if_dead(tensor) is not tensor:
         return True
     current = functorch.maybe_current_level()
     return bool(current is None or functorch.maybe_get_level(tensor) > current)

@@ -10,8 +10,6 @@ from woodbury.solvers.certificate import (
     Guarantee,
     energy_history,
     error_bound,
-    smallest_eigenvalue_bound,
-    smallest_singular_value_bound,
 )
 from woodbury.solvers.cg import CG
 from woodbury.solvers.chebyshev import Chebyshev
@@ -45,6 +43,10 @@ from woodbury.solvers.solve import SolveWarning, solve
 from woodbury.solvers.sor import SOR
 from woodbury.solvers.sparse_cholesky import SparseCholesky
 from woodbury.solvers.sparse_lu import SparseLU
+from woodbury.solvers.spectrum_bounds import (
+    smallest_eigenvalue_bound,
+    smallest_singular_value_bound,
+)
 from woodbury.solvers.ssor import SSOR
 from woodbury.solvers.structural import Structural
 from woodbury.solvers.utv import UTV

@@ -10,12 +10,12 @@ from woodbury.solvers.certificate import (
     ErrorBound,
     Guarantee,
     energy_history,
-    smallest_eigenvalue_bound,
     smallest_ritz_value,
 )
 from woodbury.solvers.cg_column import CGColumn
 from woodbury.solvers.recipe import Problem
 from woodbury.solvers.solution import SolveStatus
+from woodbury.solvers.spectrum_bounds import smallest_eigenvalue_bound
 
 __all__ = ["EnergyBounds"]
 
