@@ -49,7 +49,7 @@ from woodbury import (
     Sparse,
     solve,
 )
-from woodbury.solvers import Recipe
+from woodbury.solvers import BlockCG, Recipe
 
 RTOL = 1e-8
 SIDE = 24
@@ -78,6 +78,7 @@ class Run(NamedTuple):
     name: str
     recipe: Recipe
     before: int = 0  # systems solved before with the same state
+    columns: int = 1  # right-hand sides: the worst residual against products per column
 
 
 def panels() -> dict[str, list[Run]]:
@@ -86,6 +87,7 @@ def panels() -> dict[str, list[Run]]:
     return {
         "Krylov methods, no preconditioner": [
             *(Run(type(recipe).__name__, recipe) for recipe in krylov),
+            Run("BlockCG, 8 columns", BlockCG(), columns=8),
             Run("Deflation, third system", Deflation(rank=20), before=2),
         ],
         "Stationary and polynomial methods": [
@@ -129,17 +131,21 @@ def run(A: Sparse, b: torch.Tensor, case: Run) -> Solution:
             len(b), dtype=b.dtype, generator=torch.Generator().manual_seed(1 + seed)
         )
         state = solve(A, other, recipe, state=state).state
+    if case.columns > 1:
+        generator = torch.Generator().manual_seed(0)
+        b = torch.randn(len(b), case.columns, dtype=b.dtype, generator=generator)
     return solve(A, b, recipe, state=state, history=True, throw=False)
 
 
 def curve(solution: Solution) -> tuple[list[float], list[float]]:
     """Products and residuals, thinned out; products are spread evenly over the steps."""
     assert solution.history is not None
-    history = solution.history.tolist()
+    columns = solution.residual.numel()
+    history = solution.history.reshape(len(solution.history), columns).amax(1).tolist()
     if len(history) < 2:  # solved by what was prepared
         return [float(solution.products)], [max(float(solution.residual), RTOL / 1.5)]
     prepared = 0 if solution.state is None else solution.state.products
-    each = (solution.products - prepared) / max(1, len(history) - 1)
+    each = (solution.products - prepared) / columns / max(1, len(history) - 1)
     last = len(history) - 1
     steps = sorted({0, last, *(round(last ** (i / POINTS)) for i in range(POINTS + 1))})
     kept = [k for k in steps if prepared + each * k <= LIMIT]
@@ -192,7 +198,7 @@ def main() -> None:
         for name, solution in found[title]:
             print(
                 f"  {name:26} {solution.steps:6} steps {solution.products:6} products, residual "
-                f"{float(solution.residual):8.1e}, {solution.status.name}"
+                f"{float(solution.residual.max()):8.1e}, {solution.status.name}"
             )
     draw(found, options.output)
     print(f"drawn: {options.output.name}, {options.output.stat().st_size // 1024} KiB")
