@@ -121,6 +121,16 @@ def test_a_large_compressed_matrix_is_estimated(folder: Path) -> None:
     assert "40 steps from each of 6 random vectors, seed 3" in page
 
 
+def test_a_figure(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for kind, start in starts.items():
+        result = command("line.mtx", "--out", "out", "--figure", f"pictures/line.{kind}")
+        assert result.exit_code == 0, result.output
+        assert (folder / "pictures" / f"line.{kind}").read_bytes().startswith(start)
+    refused(command("line.mtx", "--figure", "line.gif"), "--figure is line.gif", ".png")
+
+
 def test_default_folder(folder: Path) -> None:
     assert command("line.mtx").exit_code == 0
     assert (folder / "woodbury-spectrum" / "line" / "spectrum.html").exists()

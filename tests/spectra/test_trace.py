@@ -17,7 +17,7 @@ from tests.spectra.problems import (
     semidefinite,
 )
 
-from woodbury import Dense, Diagonal, Identity, Kronecker, LowRank
+from woodbury import Dense, Diagonal, FunctionOperator, Identity, Kronecker, LowRank
 from woodbury.errors import (
     ArgumentError,
     NonFiniteError,
@@ -169,11 +169,23 @@ def test_generator_and_reproducibility() -> None:
 
 
 def test_blocks_of_products_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    A, _ = semidefinite("1/i", N)
-    before = [float(trace(A, method).value) for method in METHODS]
+    _, M = semidefinite("1/i", N)
+    widths: list[int] = []
+
+    def product(X: torch.Tensor) -> torch.Tensor:
+        widths.append(X.shape[1])
+        return M @ X
+
+    A = FunctionOperator(product, (N, N), dtype=F64, tags={"positive_semidefinite"})
+    sketching = [method for method in METHODS if not isinstance(method, Hutchinson)]
+    before = [float(trace(A, method).value) for method in sketching]
     monkeypatch.setattr("woodbury.spectra.method._BLOCK_BYTES", 7 * 8 * N)
-    after = [float(trace(A, method).value) for method in METHODS]
+    after = [float(trace(A, method).value) for method in sketching]
     assert after == pytest.approx(before, rel=1e-12)
+    widths.clear()
+    found = trace(A, Hutchinson(60))  # which never holds more than a block
+    assert widths == [7] * 8 + [4]
+    assert abs(found.value - torch.trace(M)) < 5 * found.standard_error
 
 
 def test_intervals_use_student_and_the_bias() -> None:

@@ -71,6 +71,13 @@ def spectrum(
     budget: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory that may be used, like 2GiB or 500MB.")
     ] = "2GiB",
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the density into this file, too: .png, .svg or .pdf (needs matplotlib).",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +112,7 @@ def spectrum(
             steps=steps,
             seed=seed,
             budget=budget,
+            figure=figure,
             out=out or Path(DEFAULT_FOLDER) / name,
             progress=True,
         )

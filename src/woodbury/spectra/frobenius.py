@@ -14,7 +14,7 @@ from woodbury.operators.function import FunctionOperator
 from woodbury.operators.sparse import Sparse
 from woodbury.spectra.estimate import Estimate, exactly, of_samples
 from woodbury.spectra.hutchinson import Hutchinson
-from woodbury.spectra.method import Exact, Method, draw_probes, multiply, seeded, wide
+from woodbury.spectra.method import Exact, Method, draw_probes, multiply, seeded, wide, width
 from woodbury.spectra.trace import trace
 
 if TYPE_CHECKING:
@@ -96,8 +96,12 @@ def _by_norms(A: LinearOperator, method: Hutchinson, generator: torch.Generator)
         units = torch.eye(n, dtype=working_dtype(A.dtype), device=A.device)
         squares = wide(A.out_space.norm(multiply(A, units))).square()
         return exactly(squares.sum(), method, n)
-    Y = multiply(A, draw_probes(A, method.products, method.probes, generator))
-    samples = wide(A.out_space.norm(Y)).square()
+    parts = []
+    for start in range(0, method.products, width(A)):
+        count = min(width(A), method.products - start)
+        Y = multiply(A, draw_probes(A, count, method.probes, generator))
+        parts.append(wide(A.out_space.norm(Y)).square())
+    samples = torch.cat(parts)
     rounding = 2 * torch.finfo(A.dtype).eps * float(samples.max())
     return of_samples(samples, bias=rounding, products=method.products, method=method)
 

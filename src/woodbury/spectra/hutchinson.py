@@ -17,6 +17,7 @@ from woodbury.spectra.method import (
     require_probes,
     require_products,
     wide,
+    width,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Hutchinson(Method):
     Raises:
         ArgumentError: ``products`` is less than 2, or ``probes`` is unknown.
 
-    Cost: ``products`` products, memory of two blocks ``[n, products]``.
+    Cost: ``products`` products; for traces memory of two blocks of at most 256 MiB (or one column),
+    for diagonals of four blocks ``[n, products]``.
 
     Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1989); Bekas,
     Kokiopoulou and Saad, "An estimator for the diagonal of a matrix" (2007).
@@ -65,14 +67,18 @@ class Hutchinson(Method):
         require_probes(self.probes)
 
     def _trace(self, A: LinearOperator, generator: torch.Generator) -> Estimate:
-        probes = draw_probes(A, self.products, self.probes, generator)
-        Y = multiply(A, probes)
-        samples = real_if_hermitian(wide(A.space.inner(probes, Y)), A)
-        # Rounding of the inner products: as far as all of their terms may be off together.
-        size = wide(A.space.norm(probes)) * wide(A.space.norm(Y))
+        samples, size = [], 0.0
+        for start in range(0, self.products, width(A)):
+            count = min(width(A), self.products - start)
+            probes = draw_probes(A, count, self.probes, generator)
+            Y = multiply(A, probes)
+            samples.append(wide(A.space.inner(probes, Y)))
+            # Rounding of the inner products: as far as all of their terms may be off together.
+            sizes = wide(A.space.norm(probes)) * wide(A.space.norm(Y))
+            size = max(size, float(sizes.max()))
         return of_samples(
-            samples,
-            bias=torch.finfo(A.dtype).eps * float(size.max()),
+            real_if_hermitian(torch.cat(samples), A),
+            bias=torch.finfo(A.dtype).eps * size,
             products=self.products,
             method=self,
         )

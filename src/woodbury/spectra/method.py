@@ -109,13 +109,17 @@ def require_probes(kind: str) -> None:
         raise ArgumentError(f"probes is {kind!r}; it must be 'sign', 'sphere' or 'gaussian'")
 
 
+def width(A: LinearOperator) -> int:
+    """Columns of one product: as many as fit into 256 MiB."""
+    return max(1, _BLOCK_BYTES // (max(A.shape) * working_dtype(A.dtype).itemsize))
+
+
 def multiply(A: LinearOperator, X: Tensor, *, adjoint: bool = False) -> Tensor:
     """``A X`` or ``A^H X`` in blocks of at most 256 MiB, in the dtype of ``X``, finite."""
-    width = max(1, _BLOCK_BYTES // (max(A.shape) * X.dtype.itemsize))
     with torch.no_grad():
         parts = [
             (A.rmatmat if adjoint else A.__matmul__)(part.contiguous().to(A.dtype)).to(X.dtype)
-            for part in X.split(width, dim=1)
+            for part in X.split(width(A), dim=1)
         ]
     Y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if not bool(torch.isfinite(Y).all()):

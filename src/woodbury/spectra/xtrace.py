@@ -37,7 +37,7 @@ class XTrace(Method):
     Raises:
         ArgumentError: ``products`` is less than 4.
 
-    Cost: $2k$ products, memory of three blocks ``[n, k]``, $4nk^2 + O(k^4)$ multiplications.
+    Cost: $2k$ products, memory of four blocks ``[n, k]``, $4nk^2 + O(k^4)$ multiplications.
 
     Source: Epperly, Tropp and Webber, "XTrace: making the most of every sample in stochastic trace
     estimation" (2024), section 2.1 and, for the scaling, section 2.4.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from woodbury import __version__
 from woodbury.apps.clean.outputs import write_json
 from woodbury.apps.clean.settings import parse_bytes
+from woodbury.apps.clean.state import atomic
 from woodbury.apps.progress import Display
 from woodbury.apps.spectrum.matrix import Source, read_matrix
 from woodbury.apps.spectrum.model import read_model
@@ -67,6 +69,7 @@ def spectrum(
     steps: int = 80,
     seed: int = 0,
     budget: str | int = "2GiB",
+    figure: str | Path | None = None,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> SpectrumResult:
@@ -87,6 +90,7 @@ def spectrum(
         steps: Lanczos steps from each.
         seed: of the random vectors.
         budget: memory for Lanczos vectors and for what a curvature operator keeps.
+        figure: file for a picture of the density, ``.png``, ``.svg`` or ``.pdf``; needs matplotlib.
         out: folder for ``spectrum.html`` and ``summary.json``; nothing is written if not given.
         progress: whether to show it.
 
@@ -117,6 +121,7 @@ def spectrum(
         if value < least:
             raise DataError(f"--{name} must be at least {least}, not {value}.")
     memory = parse_bytes(budget)
+    picture = None if figure is None else _drawable(Path(figure))
     folder = None if out is None else _writable(Path(out))
     with Display(quiet=not progress) as display:
         display("reading", 0.0)
@@ -151,6 +156,8 @@ def spectrum(
         if folder is not None:
             write_json(summary, folder / "summary.json")
             write_report(summary, found, folder / "spectrum.html")
+        if picture is not None:
+            _draw(found, source.name, picture)
         display("writing", 1.0)
     return SpectrumResult(found, summary, folder)
 
@@ -173,6 +180,24 @@ def _writable(folder: Path) -> Path:
             "another with --out."
         ) from None
     return folder
+
+
+def _drawable(path: Path) -> Path:
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise DataError(f"--figure is {path.name}; give a name that ends in .png, .svg or .pdf.")
+    if find_spec("matplotlib") is None:
+        raise DataError('--figure needs matplotlib. Install it with: pip install "woodbury[plot]"')
+    _writable(path.parent)
+    return path
+
+
+def _draw(found: SpectralDensity, name: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(8, 4.5), layout="constrained")
+    found.plot(drawing.subplots()).set_title(name)
+    with atomic(path) as temporary:
+        drawing.savefig(temporary, dpi=150)
 
 
 def _method(A: LinearOperator, probes: int, steps: int, memory: int) -> tuple[SLQ, list[str]]:
