@@ -235,7 +235,8 @@ def test_special_cases_are_the_equation() -> None:
     # Generalised Nystrom: F = A D, H = A^T B, tests B and D.
     generator = seeded(3)
     found = generalized_nystrom(A, 4, generator=seeded(3))
-    D, B = (torch.randn(n, k, dtype=F64, generator=generator) for n, k in ((11, 4), (16, 6)))
+    gaussian = (torch.randn(n, k, dtype=F64, generator=generator) for n, k in ((11, 4), (16, 6)))
+    D, B = (torch.linalg.qr(G)[0] for G in gaussian)
     F, H = A.matrix @ D, A.matrix.T @ B
     tested = meta_factorization(A, F, H, left_test=B, right_test=D)
     assert torch.allclose(found.operator.to_dense(), tested.operator.to_dense(), atol=1e-10)

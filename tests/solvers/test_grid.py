@@ -23,10 +23,12 @@ from tests.solvers.systems import (
 
 from woodbury import (
     CG,
+    CUR,
     GMRES,
     MINRES,
     SOR,
     SSOR,
+    UTV,
     BiCGSTAB,
     BlockJacobi,
     Chebyshev,
@@ -36,6 +38,7 @@ from woodbury import (
     Diagonal,
     Eigh,
     GaussSeidel,
+    GeneralizedNystrom,
     Identity,
     IncompleteCholesky,
     IncompleteLU,
@@ -44,6 +47,7 @@ from woodbury import (
     Neumann,
     Nystrom,
     Richardson,
+    SketchPrecondition,
     inverse,
     solve,
 )
@@ -59,6 +63,12 @@ EXACT = {
     "nystrom": Nystrom(rank=N),
     "nystrom-column": Nystrom(rank=N, method="column"),
     "nystrom-chunks": Nystrom(rank=N, chunk=7),
+    "nystrom-krylov": Nystrom(rank=N, method="block_krylov"),
+    "nystrom-adaptive": Nystrom(rank=3, tolerance=0.0),
+    "generalized-nystrom": GeneralizedNystrom(rank=N),
+    "cur": CUR(rank=N),
+    "utv": UTV(rank=N),
+    "sketch-precondition": SketchPrecondition(rtol=1e-12),
 }
 ITERATIVE = {
     "cg": lambda rtol: CG(rtol=rtol),

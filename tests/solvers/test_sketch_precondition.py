@@ -261,6 +261,16 @@ def test_multiple_of_the_identity_indefinite_and_one_by_one() -> None:
     assert torch.allclose(one.value, torch.tensor([-0.5], dtype=F64))
 
 
+def test_already_solved() -> None:
+    M, x = tall(condition=1e3), random(20)
+    A = function(M, set())
+    recipe = SketchPrecondition(rtol=1e-9)
+    solution = solve(A, M @ x, recipe, x0=x, state=recipe.prepare(A))
+    assert (solution.status, solution.steps) == (SolveStatus.converged, 0)
+    assert torch.equal(solution.value, x)
+    assert solution.products == 2  # the residual, and that of the normal equations
+
+
 def test_budget_of_zero_steps() -> None:
     M, b = tall(condition=1e3), random(400)
     solution = solve(Dense(M), b, SketchPrecondition(rtol=1e-12, max_steps=0), throw=False)

@@ -162,12 +162,13 @@ def generalized_nystrom(
     oversampling: int | None = None,
     generator: torch.Generator | None = None,
 ) -> MetaFactor:
-    r"""$A \approx (A D)\,(B^* A D)^+_\epsilon\,(B^* A)$ with Gaussian $D$, and a wider $B$.
+    r"""$A \approx (A D)\,(B^* A D)^+_\epsilon\,(B^* A)$ with random $D$, and a wider $B$.
 
-    One pass over $A$ and one over its adjoint, whose products may be taken at once; of general
-    operators, rectangular too. The pseudo-inverse drops singular values of the core at the size of
-    rounding and is never formed: $A \approx (A D\,V_\epsilon\Sigma_\epsilon^{-1})
-    (U_\epsilon^* B^* A)$ for the SVD $U \Sigma V^*$ of the core. In exact arithmetic
+    $D$ and $B$ are orthonormal bases of Gaussian blocks. One pass over $A$ and one over its
+    adjoint, whose products may be taken at once; of general operators, rectangular too. The
+    pseudo-inverse drops singular values of the core at the size of rounding and is never formed:
+    $A \approx (A D\,V_\epsilon\Sigma_\epsilon^{-1}) (U_\epsilon^* B^* A)$ for the SVD
+    $U \Sigma V^*$ of the core. For Gaussian $D$ and $B$ themselves
     $E\|A - \hat A\|_F \le \sqrt{1 + k/(p - 1)}\,\sqrt{1 + r/(k - r - 1)}\;\|A - A_r\|_F$ with
     $p > 1$ the oversampling, $k$ the rank of the sketch and any $r < k - 1$.
 
@@ -209,8 +210,9 @@ def generalized_nystrom(
         generator = torch.Generator(A.device).manual_seed(0)
     m, n = A.shape
     tall = min(rank + extra, m)
-    D = draw(n, rank, A, generator)
-    B = draw(m, tall, A, generator)
+    # Orthonormal bases span the same and are never badly conditioned, as square Gaussian ones are.
+    D, _ = orthonormalize(draw(n, rank, A, generator), A.space)
+    B, _ = orthonormalize(draw(m, tall, A, generator), A.out_space)
     AD = (A @ D.to(A.dtype)).to(D.dtype)
     BA = A.rmatmat(B.to(A.dtype)).to(B.dtype)
     core = A.out_space.gram(B, AD)
@@ -220,7 +222,7 @@ def generalized_nystrom(
     kept = s > 10 * torch.finfo(A.dtype).eps * (s[0].item() if len(s) else 0.0)
     left = AD @ (V[:, kept] / s[kept]).to(AD.dtype)
     right = BA @ U[:, kept].to(BA.dtype)
-    return _of_factors(A, left, torch.eye(left.shape[1]).to(left), right, rank + tall)
+    return _of_factors(A, left, torch.eye(left.shape[1]).to(left), right, D.shape[1] + B.shape[1])
 
 
 def utv(

@@ -254,7 +254,9 @@ class _Run:
         """The first iterate, or the solution of the sketched problem where it is better."""
         problem, state = self.problem, self.state
         X, R = problem.start()
-        if state.wide or not self.rank:
+        found = norms(problem.A.out_space, R)
+        done = all(r <= limit for r, limit in zip(found, self.allowed, strict=True))
+        if state.wide or not self.rank or done:
             return X, R
         sketched = _apply(state.sketch, R)
         Y = state.basis.mH @ sketched.to(state.basis.dtype)
