@@ -111,7 +111,8 @@ class Solution:
         history: relative residual after each step, ``[steps + 1]`` or ``[steps + 1, k]``, where it
             was asked for; as the recurrence of the method has it.
         info: what the method found beside: for CG ``column_steps`` and, at negative curvature,
-            ``direction``, ``curvature`` and ``column``; for Neumann the ``step``; for least
+            ``direction``, ``curvature`` and ``column``; for Neumann and Richardson the ``step``;
+            for Chebyshev the ``bounds``; for Deflation how many vectors are ``recycled``; for least
             squares ``normal_residual``, $\|A^H r\| / (\|A\| \|r\|)$ of each column with
             $r = b - A x$ recomputed.
 
