@@ -120,7 +120,8 @@ def test_bound_over_spectra(exponents, fraction: float, rtol: float, seed: int) 
     assert bound.guarantee is Guarantee.bound
     # Rounding of the reference, which the bound knows nothing of.
     exact = solution_of(M, b)
-    rounding = 1e-12 * float(spectrum.max()) ** 0.5 * float(exact.norm()) / fraction
+    condition = float(spectrum.max() / spectrum.min())
+    rounding = 1e-14 * (condition * float(spectrum.max())) ** 0.5 * float(exact.norm())
     assert energy_error(M, solution.value, exact) <= bound.value * (1 + 1e-6) + rounding
 
 
