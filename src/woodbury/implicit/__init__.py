@@ -6,7 +6,8 @@
 - :func:`compare_modes`: all of them beside finite differences.
 - :func:`stationarity`: whether a solution is one, and how far off it may be.
 - :class:`GradientDescent`, :class:`LBFGS`, :class:`AcceleratedProximalGradient`, :class:`Anderson`,
-  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`: solvers, for batches.
+  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`, :class:`LevenbergMarquardt`: solvers, for
+  batches.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
@@ -32,6 +33,7 @@ from woodbury.implicit.decorators import fixed_point, minimize, root
 from woodbury.implicit.descent import GradientDescent
 from woodbury.implicit.iteration import Found, InnerSolver, IterationStatus
 from woodbury.implicit.lbfgs import LBFGS
+from woodbury.implicit.levenberg_marquardt import LevenbergMarquardt
 from woodbury.implicit.mirror import MirrorDescent
 from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
 from woodbury.implicit.newton import newton_cg
@@ -72,6 +74,7 @@ __all__ = [
     "ImplicitSolver",
     "InnerSolver",
     "IterationStatus",
+    "LevenbergMarquardt",
     "MirrorDescent",
     "Mode",
     "ModeComparison",
