@@ -63,12 +63,12 @@ def test_each_iterate_is_optimal_in_the_space_of_the_block(dtype, preconditioned
 
 
 def test_n_over_k_steps_at_most() -> None:
-    M, B = definite(60, condition=1e3), random(60, 6)
+    M, B = definite(60, condition=20), random(60, 6)
     solution = solve(spd(M), B, BlockCG(rtol=1e-9), history=True)
     assert solution.info["block_steps"] <= 11
     assert solution.steps <= 15  # rounding is left to the columns one by one
     assert len(solution.history) == solution.steps + 1
-    assert solve(spd(M), B, CG(rtol=1e-9)).steps > 40
+    assert solve(spd(M), B, CG(rtol=1e-9)).steps > 2 * solution.steps
 
 
 def test_dependent_columns_are_left_to_conjugate_gradients() -> None:

@@ -37,7 +37,8 @@ class MINRES(Preconditioned):
     smallest norm, $A^+ b$. Where $b$ is not in its range the status is ``inconsistent``: found by
     $\|A r\| \approx 0$ while $r$ stays, and confirmed with the true residual. The value then is
     $A^+ b$ too, because what Krylov's space adds to it lies along $r$ and is taken out; with a
-    preconditioner it is a minimiser of $r^H M r$, and not of smallest norm.
+    preconditioner it is a minimiser of $r^H M r$, and not of smallest norm. ``info`` then holds
+    ``normal_residual``, $\|A r\| / (\|A\| \|r\|)$ of each column ($M r$ for $r$ with $M$).
 
     The columns of a block share each product and leave the block as they converge. When the
     recurrence claims convergence the true residual is computed; where rounding has let the two
@@ -68,7 +69,7 @@ class MINRES(Preconditioned):
         >>> from woodbury import Diagonal, MINRES, solve
         >>> A = Diagonal(torch.tensor([1.0, -1.0, 0.0]))
         >>> solve(A, torch.tensor([1.0, 2.0, 0.0]), MINRES()).value
-        tensor([ 1., -2.,  0.])
+        tensor([ 1.0000, -2.0000,  0.0000])
         >>> solve(A, torch.ones(3), MINRES(), throw=False).status.name
         'inconsistent'
     """
@@ -129,9 +130,10 @@ class _Loop(Loop[MINRESColumn]):
         Q = self.problem.product(self.Z)
         if look:
             self.measure(self.Z, Q)
+        # In this order the coefficients see the rounding of what is taken away before.
+        Q = add_columns(Q, [-column.beta for column in self.columns], self.Y_old)
         alphas = dots(self.space, self.Z, Q)
-        Q = add_columns(Q, [-alpha for alpha in alphas], self.Y)
-        add_columns(Q, [-column.beta for column in self.columns], self.Y_old, out=Q)
+        add_columns(Q, [-alpha for alpha in alphas], self.Y, out=Q)
         P = Q if self.precondition is None else self.precondition(Q)
         squares = dots(self.space, Q, P)
         for column, alpha, square in zip(self.columns, alphas, squares, strict=True):
@@ -204,15 +206,18 @@ class _Loop(Loop[MINRESColumn]):
         indices = [self.columns[j].index for j in suspects]
         X = self.best if self.best.dim() == 1 else take(self.best, indices)
         R = self.problem.residual(X, indices)
-        found = zip(*(norms(self.space, T) for T in (X, R, self.problem.product(R))), strict=True)
-        for place, (j, (x, r, image)) in enumerate(zip(suspects, found, strict=True)):
+        # With a preconditioner it is r^H M r that is least where A M r = 0.
+        S = R if self.precondition is None else self.precondition(R)
+        tensors = (X, R, S, self.problem.product(S))
+        found = zip(*(norms(self.space, T) for T in tensors), strict=True)
+        for place, (j, (x, r, s, image)) in enumerate(zip(suspects, found, strict=True)):
             column = self.columns[j]
-            size = column.size = max(column.size, image / r if r > 0 else 0.0)
+            size = column.size = max(column.size, image / s if s > 0 else 0.0)
             column.level = self.eps * (size * x + column.b_norm)
-            if image <= 10 * math.sqrt(self.eps) * size * r and r > 100 * column.level:
+            if image <= 10 * math.sqrt(self.eps) * size * s and r > 100 * column.level:
                 column.stay()
                 column.status, column.residual = SolveStatus.inconsistent, None
-                column.normal_residual = image / (size * r) if size else 0.0
+                column.normal_residual = image / (size * s) if size else 0.0
                 column_of(self.X, j).copy_(column_of(X, place))
                 if self.precondition is None:
                     self.project(j, column_of(R, place))

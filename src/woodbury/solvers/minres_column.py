@@ -21,7 +21,8 @@ class MINRESColumn(Column):
         self.normal_residual = math.nan
         # |A r| / |A| |r| now, and at the iterate that may turn out to minimise |r|.
         self.ratio = self.saved_ratio = math.inf
-        self.saved_norm = math.inf
+        self.saved_norm = self.saved_phi = math.inf
+        self.phi_before = math.inf  # residual in the norm of M before this step
         self.saved_step = 0
         self.kept = math.inf  # residual of the iterate that is kept
         self.kept_size = math.inf  # and its norm, where it was kept for its ratio
@@ -49,6 +50,7 @@ class MINRESColumn(Column):
     def rotate(self, alpha: float, square: float) -> None:
         """Take <z, A z> and <q, M q> of what is left of ``A z``; find lengths and the residual."""
         self.stay()
+        self.phi_before = abs(self.phi)
         if not (math.isfinite(alpha) and math.isfinite(square)):
             self.status = SolveStatus.non_finite
             self.inverse_beta = 0.0
@@ -100,6 +102,7 @@ class MINRESColumn(Column):
             return False
         if self.ratio <= math.sqrt(self.eps):
             self.saved_ratio, self.saved_norm, self.saved_step = self.ratio, self.norm, self.steps
+            self.saved_phi = self.phi_before
             self.kept_size = size
         self.kept = self.norm
         return True
@@ -110,13 +113,13 @@ class MINRESColumn(Column):
         A solution would be at least $|r|^2 / |A r|$ away, and rounding of a vector of that size
         leave more of a residual than the tolerance; or a tenth more steps did not lower it.
         """
-        if self.saved_ratio > math.sqrt(self.eps) or self.norm < 0.999 * self.saved_norm:
+        if self.saved_ratio > math.sqrt(self.eps) or self.phi_before < 0.999 * self.saved_phi:
             return False
         least = max(self.tolerance, self.eps**0.75 * self.b_norm)
         out_of_reach = self.eps * self.saved_norm >= least * self.saved_ratio
         if self.saved_ratio <= self.limit and out_of_reach:
             return True
-        return self.steps >= 1.1 * self.saved_step + 5
+        return self.steps >= self.saved_step + max(3, 0.1 * self.saved_step)
 
     def judge(self, true: float) -> None:
         """Take the true residual; without the residual vector the drift is that of its norm."""
