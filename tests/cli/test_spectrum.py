@@ -96,8 +96,9 @@ def test_a_matrix(folder: Path) -> None:
     assert np.allclose(summary["nodes"][0], exact)
     assert summary["quantities"]["trace"]["value"] == pytest.approx(120)
     assert summary["quantities"]["negative"]["value"] == 0
+    assert summary["quantities"]["positive"]["value"] == (exact > summary["smoothing"]).sum()
     page = (folder / "out" / "spectrum.html").read_text()
-    assert "60 eigenvalues between 0.002652 and 3.997; 0 of them are negative" in page
+    assert "60 eigenvalues between 0.002652 and 3.997: 0% of them up to -0.0399, 95% above" in page
     assert page.count("<svg") == 2
     assert not re.search(r'(src|href)\s*=\s*"?(https?:)?//', page)  # it loads nothing
 

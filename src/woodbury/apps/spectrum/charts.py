@@ -67,7 +67,7 @@ def distribution_chart(nodes: np.ndarray, weights: np.ndarray) -> Markup:
 def _axis(ends: tuple[float, float]) -> list[str]:
     bottom = HEIGHT - BOTTOM
     body = [_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
-    for tick in np.linspace(*ends, 7):
+    for tick in _ticks(*ends):
         place = LEFT + (WIDTH - LEFT - RIGHT) * (tick - ends[0]) / (ends[1] - ends[0])
         body.append(_text(place, bottom + 17, f"{tick:.3g}", "middle"))
     if ends[0] < 0 < ends[1]:
@@ -75,6 +75,15 @@ def _axis(ends: tuple[float, float]) -> list[str]:
         body.append(_line(place, TOP, place, bottom, "zero"))
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "eigenvalue", "middle", "label"))
     return body
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers: 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [k * step for k in range(first, last + 1)]
 
 
 def _points(x: np.ndarray, heights: np.ndarray, ends: tuple[float, float]) -> str:

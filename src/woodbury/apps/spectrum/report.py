@@ -64,13 +64,15 @@ def _context(summary: dict[str, Any], found: SpectralDensity) -> dict[str, Any]:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    low, high = summary["support"]
-    negative = summary["quantities"]["negative"]
-    text = f"{summary['size']:,} eigenvalues between {low:.4g} and {high:.4g}"
-    if negative["exact"]:
-        return f"{text}; {round(negative['value']):,} of them are negative or zero."
-    share = negative["value"] / summary["size"]
-    return f"{text}; about {share:.0%} of them are negative or zero."
+    ends, near = summary["support"], summary["smoothing"]
+    text = f"{summary['size']:,} eigenvalues between {ends[0]:.4g} and {ends[1]:.4g}"
+    low, high = (
+        summary["quantities"][name]["value"] / summary["size"] for name in ("negative", "positive")
+    )
+    return (
+        f"{text}: {'' if summary['exact'] else 'about '}{low:.0%} of them up to {-near:.3g}, "
+        f"{high:.0%} above {near:.3g}, and the rest within 1 % of the range of zero."
+    )
 
 
 def _how(summary: dict[str, Any]) -> str:
