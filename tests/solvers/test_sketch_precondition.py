@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import scipy.linalg
 import scipy.sparse
@@ -209,6 +211,37 @@ def test_vmap_over_right_hand_sides() -> None:
     B = random(5, 60)
     found = torch.vmap(lambda b: solve(Dense(M), b, SketchPrecondition(rtol=1e-12)).value)(B)
     assert error_of(found.T, least(M, B.T)) < 1e-9
+
+
+# ------------------------------------------------------------- any shape and spectrum
+
+
+@hypothesis.given(
+    m=st.integers(1, 30),
+    n=st.integers(1, 30),
+    rank=st.integers(1, 30),
+    decades=st.floats(0, 6),
+    seed=st.integers(0, 1000),
+    inside=st.booleans(),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_any_shape_rank_and_spectrum(m, n, rank, decades: float, seed: int, inside: bool) -> None:
+    rank = min(m, n, rank)
+    U, _ = torch.linalg.qr(random(m, rank, seed=seed))
+    V, _ = torch.linalg.qr(random(n, rank, seed=seed + 1))
+    values = torch.logspace(0, -decades, rank, dtype=F64)
+    M, x = (U * values) @ V.T, random(n, seed=seed + 2)
+    b = M @ x if inside else random(m, seed=seed + 3)
+    recipe = SketchPrecondition(rtol=1e-9, rcond=1e-9, oversampling=2.0, seed=seed)
+    solution = solve(Dense(M), b, recipe, throw=False)
+    assert solution.status.ok
+    exact = (V / values) @ (U.T @ b)
+    reached = float((b - M @ solution.value).norm())
+    assert reached <= float((b - M @ exact).norm()) + 1e-8 * float(b.norm())
+    assert solution.info["rank"] == rank
+    # Forward error: what the residual allows at this condition number.
+    scale = float(exact.norm()) + float(b.norm())
+    assert float((solution.value - exact).norm()) <= 1e-7 * 10**decades * scale
 
 
 # ------------------------------------------------------------------- edge cases
