@@ -72,7 +72,7 @@ format: $(VENV)/.installed-dev
 
 # The peers are other people's libraries with pins of their own: an environment of their own. All
 # that are listed there cannot be installed together; these are the ones that benchmarks call.
-BENCH_PEERS := curvlinops-for-pytorch cleanlab scikit-learn jax lineax matfree
+BENCH_PEERS := curvlinops-for-pytorch cleanlab scikit-learn jax jaxopt lineax matfree
 
 $(PEERS_VENV)/.installed: Makefile $(wildcard $(PEERS)/requirements.txt $(PEERS)/constraints.txt)
 	@set -eo pipefail; if [ ! -f $(PEERS)/requirements.txt ]; then \
