@@ -59,6 +59,11 @@ from woodbury.implicit.proxes import (
     prox_nonnegative,
     prox_ridge,
 )
+from woodbury.implicit.quadratic_program import (
+    QuadraticProgram,
+    QuadraticProgramStatus,
+    quadratic_program,
+)
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
 
@@ -81,6 +86,8 @@ __all__ = [
     "ModeRow",
     "OneStep",
     "Phantom",
+    "QuadraticProgram",
+    "QuadraticProgramStatus",
     "Stationarity",
     "StationarityWarning",
     "Truncated",
@@ -117,6 +124,7 @@ __all__ = [
     "prox_nonnegative",
     "prox_ridge",
     "proximal_gradient",
+    "quadratic_program",
     "root",
     "stationarity",
     "stationary",
