@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from woodbury.apps.clean import clean
     from woodbury.bilevel import check_hypergradient, hypergradient
     from woodbury.curvature import Fisher, GaussNewton, Hessian, Jacobian, Objective
+    from woodbury.implicit import fixed_point, minimize, root
     from woodbury.influence import leave_one_out
     from woodbury.operators import (
         BlockDiagonal,
@@ -69,8 +70,8 @@ if TYPE_CHECKING:
     from woodbury.spaces import Space
 
 _HOME = {
-    "BiCGSTAB": "solvers",
     "Auto": "solvers",
+    "BiCGSTAB": "solvers",
     "BlockDiagonal": "operators",
     "BlockJacobi": "solvers",
     "CG": "solvers",
@@ -92,8 +93,8 @@ _HOME = {
     "IncompleteCholesky": "solvers",
     "IncompleteLU": "solvers",
     "Jacobi": "solvers",
-    "Kaczmarz": "solvers",
     "Jacobian": "curvature",
+    "Kaczmarz": "solvers",
     "Kernel": "operators",
     "Kronecker": "operators",
     "LDL": "solvers",
@@ -121,9 +122,12 @@ _HOME = {
     "UTV": "solvers",
     "check_hypergradient": "bilevel",
     "clean": "apps.clean",
+    "fixed_point": "implicit",
     "hypergradient": "bilevel",
     "inverse": "solvers",
     "leave_one_out": "influence",
+    "minimize": "implicit",
+    "root": "implicit",
     "solve": "solvers",
 }
 _ROOMS = (
@@ -196,9 +200,12 @@ __all__ = [
     "check_hypergradient",
     "clean",
     "errors",
+    "fixed_point",
     "hypergradient",
     "inverse",
     "leave_one_out",
+    "minimize",
+    "root",
     "solve",
 ]
 
