@@ -163,3 +163,13 @@ def test_gradient_through_the_solve() -> None:
     value = solve(Dense(M), b, GeneralizedNystrom(6)).value
     assert error_of(value.detach(), solve(Dense(M), b.detach(), LSMR(rtol=1e-12)).value) < 1e-9
     assert error_of(torch.linalg.pinv(M) @ M, eye(6)) < 1e-9
+
+
+@EACH
+def test_half_precision(name: str) -> None:
+    M = random(200, 10)
+    b = M @ torch.ones(10, dtype=F64)
+    solution = solve(Dense(M.bfloat16()), b.bfloat16(), RECIPES[name](10))
+    assert solution.value.dtype == torch.bfloat16
+    assert error_of(solution.value, torch.ones(10, dtype=F64)) < 0.05
+    assert solution.status is SolveStatus.converged

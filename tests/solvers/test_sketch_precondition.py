@@ -294,6 +294,24 @@ def test_multiple_of_the_identity_indefinite_and_one_by_one() -> None:
     assert torch.allclose(one.value, torch.tensor([-0.5], dtype=F64))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    M = random(400, 200)
+    b = M @ torch.ones(200, dtype=F64)
+    solution = solve(Dense(M.to(dtype)), b.to(dtype), SketchPrecondition(rtol=3e-2))
+    assert solution.status is SolveStatus.converged
+    assert solution.info["rank"] == 200
+    assert error_of(solution.value, torch.ones(200, dtype=F64)) < 0.2
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e200])
+def test_entries_whose_squares_leave_the_range(scale: float) -> None:
+    M = scale * random(90, 4)
+    solution = solve(Dense(M), M @ torch.ones(4, dtype=F64), SketchPrecondition(rtol=1e-10))
+    assert solution.status is SolveStatus.converged
+    assert error_of(solution.value, torch.ones(4, dtype=F64)) < 1e-9
+
+
 def test_already_solved() -> None:
     M, x = tall(condition=1e3), random(20)
     A = function(M, set())

@@ -410,6 +410,18 @@ def test_what_is_not_finite(bad: float) -> None:
         solve(Dense(definite(6)), b, Kaczmarz())
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e200])
+def test_entries_whose_squares_leave_the_range(scale: float) -> None:
+    M = scale * random(9, 4)
+    b = M @ torch.ones(4, dtype=F64)
+    for recipe in (Kaczmarz(), SketchProject(metric="normal")):
+        with pytest.raises(NonFiniteError, match="scale the operator and b"):
+            solve(Dense(M), b, recipe)
+    # Gaussian sketches cannot know; they must not claim what they have not reached.
+    recipe = SketchProject(metric="normal", sketch="gaussian", max_steps=40)
+    assert not solve(Dense(M), b, recipe, throw=False).ok
+
+
 def test_what_is_refused() -> None:
     for options in (
         {"metric": "kl"},

@@ -11,7 +11,7 @@ from woodbury.decompositions.lanczos import draw
 from woodbury.decompositions.meta import MetaFactor, pseudo_inverse
 from woodbury.decompositions.meta import meta_factorization as by_projections
 from woodbury.decompositions.range_finder import require_rank
-from woodbury.decompositions.two_sided import TwoSided
+from woodbury.decompositions.two_sided import TwoSided, default_rcond
 from woodbury.errors import ArgumentError, NonFiniteError, RankError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def cur(
             C, found.core, R, found.operator, products + found.products, rows=I, columns=J
         )
     wide = torch.complex128 if C.is_complex() else torch.float64
-    rcond = max(len(I), len(J)) * torch.finfo(A.dtype).eps
+    rcond = default_rcond((len(I), len(J)), A.dtype)
     G = pseudo_inverse(C[I].to(wide), rcond).to(C.dtype)
     operator = TwoSided(C, G, R, space=A.space, out_space=A.out_space)
     return MetaFactor(C, G, R, operator, products, rows=I, columns=J)

@@ -11,7 +11,7 @@ from torch import Tensor
 from woodbury.decompositions.lanczos import draw
 from woodbury.decompositions.orthonormal import orthonormalize
 from woodbury.decompositions.range_finder import range_finder, require_rank
-from woodbury.decompositions.two_sided import TwoSided, small_svd
+from woodbury.decompositions.two_sided import TwoSided, default_rcond, small_svd
 from woodbury.errors import ArgumentError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _Side:
         # With B = F the equation is solved with Q instead: F^* F would square the condition.
         self.test = self.basis if test is None else test
         inner = self.triangle if test is None else space.gram(test, block).to(wide)
-        self.solver = pseudo_inverse(inner, max(block.shape) * torch.finfo(dtype).eps)
+        self.solver = pseudo_inverse(inner, default_rcond(tuple(block.shape), dtype))
         self.projector = self.solver @ inner
 
 

@@ -163,7 +163,9 @@ class _Finder:
         self.largest = max(self.largest, *_norms(Y, A.out_space))
         if not math.isfinite(self.largest):
             raise NonFiniteError(f"a product with {type(A).__name__} holds NaN or infinity")
-        floor = 10 * torch.finfo(A.dtype).eps * self.largest
+        # Half-precision products are summed in single precision and rounded once.
+        eps = max(10 * torch.finfo(Y.dtype).eps, torch.finfo(A.dtype).eps)
+        floor = eps * self.largest
         Y = self._directions(Y, floor)
         for _ in range(self.power):
             X, _ = orthonormalize(self.backward(Y), A.space)

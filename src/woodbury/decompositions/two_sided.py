@@ -16,7 +16,7 @@ from woodbury.operators.tags import transposed_tags
 if TYPE_CHECKING:
     from woodbury.spaces import Space
 
-__all__ = ["TwoSided", "small_svd"]
+__all__ = ["TwoSided", "default_rcond", "small_svd"]
 
 
 class TwoSided(LinearOperator):
@@ -103,7 +103,7 @@ class TwoSided(LinearOperator):
 
         Args:
             rcond: singular values up to ``rcond`` times the largest count as zero; default
-                ``max(m, n)`` times the machine epsilon.
+                ``max(m, n)`` times the machine epsilon, at most its square root.
 
         Raises:
             ArgumentError: ``rcond`` is not in [0, 1).
@@ -111,11 +111,17 @@ class TwoSided(LinearOperator):
         if rcond is not None and not 0 <= rcond < 1:
             raise ArgumentError(f"rcond is {rcond}; it must be in [0, 1)")
         if rcond is None:
-            rcond = max(self.shape) * torch.finfo(self.dtype).eps
+            rcond = default_rcond(self.shape, self.dtype)
         U, s, V = self.singular_value_decomposition()
         kept = s > rcond * (s[0].item() if len(s) else 0.0)
         values = s[kept].reciprocal().to(self.dtype)
         return TwoSided(V[:, kept], values, U[:, kept], space=self.out_space, out_space=self.space)
+
+
+def default_rcond(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """What counts as zero, relative to the largest; in half precision ``m eps`` would be all."""
+    eps = torch.finfo(dtype).eps
+    return min(max(shape) * eps, math.sqrt(eps))
 
 
 def small_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from woodbury.solvers.columns import norms
@@ -24,7 +25,15 @@ def normal_residuals(problem: Problem, R: Tensor, G: Tensor, norm: float) -> lis
     Where the product shows that the norm given is too small, it is the one shown.
     """
     found = []
-    pairs = zip(norms(problem.A.space, G), norms(problem.A.out_space, R), strict=True)
+    gradients = norms(problem.A.space, G)
+    if not all(0 < size < math.inf for size in gradients):
+        # Squares may have left the range of the dtype, and zero would prove a minimum.
+        block = G.unsqueeze(1) if G.dim() == 1 else G
+        largest = block.abs().amax(dim=0) if block.shape[0] else block.abs().sum(dim=0)
+        safe = torch.where(largest > 0, largest, torch.ones_like(largest))
+        sizes = norms(problem.A.space, (block / safe).contiguous())
+        gradients = [a * b for a, b in zip(sizes, largest.tolist(), strict=True)]
+    pairs = zip(gradients, norms(problem.A.out_space, R), strict=True)
     for gradient, residual in pairs:
         scale = max(norm * residual, gradient)
         found.append(gradient / scale if scale > 0 else (0.0 if scale == 0 else math.nan))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from woodbury.decompositions.meta import MetaFactor
-from woodbury.decompositions.two_sided import TwoSided
+from woodbury.decompositions.two_sided import TwoSided, default_rcond
 from woodbury.errors import ArgumentError, RankError
 from woodbury.solvers.certified import normal_residuals, statuses_of
 from woodbury.solvers.columns import norms
@@ -66,7 +66,7 @@ class Factored(Recipe):
         factor = self._factorise(A, generator)
         rcond = self.rcond
         if rcond is None:
-            rcond = max(A.shape) * torch.finfo(A.dtype).eps
+            rcond = default_rcond(A.shape, A.dtype)
         inverse = factor.operator.pseudo_inverse(rcond)
         # The largest singular value is the reciprocal of the smallest of the pseudo-inverse's.
         norm = 1 / inverse.core.abs().amin().item() if inverse.core.numel() else 0.0

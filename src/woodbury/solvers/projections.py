@@ -74,9 +74,22 @@ def prepared(recipe: SketchProject, A: LinearOperator, metric: Metric) -> Projec
         else:
             sizes = matrix.abs().square().sum(0 if metric == "normal" else 1)
     sizes = sizes.double()
-    if not bool(torch.isfinite(sizes).all()):
+    largest = _largest(matrix)
+    if not math.isfinite(largest):
         raise NonFiniteError(f"the matrix of {type(A).__name__} holds NaN or infinity")
+    whole = float(sizes.sum())
+    if not math.isfinite(whole) or (largest > 0 and whole == 0 and metric != "energy"):
+        raise NonFiniteError(
+            f"the largest entry of {type(A).__name__} is {largest:.3g}, and squared norms of its "
+            "rows leave the range of the dtype: scale the operator and b"
+        )
     return ProjectState.of(recipe, A, A.shape[1], matrix=matrix, metric=metric, sizes=sizes)
+
+
+def _largest(matrix: Any) -> float:
+    """The largest modulus of an entry; NaN where there is one."""
+    entries = matrix if isinstance(matrix, Tensor) else torch.from_numpy(matrix.data)
+    return entries.abs().amax().item() if entries.numel() else 0.0
 
 
 def draws(

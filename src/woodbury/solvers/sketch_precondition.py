@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from woodbury.decompositions.sketches import SketchKind, random_sketch
+from woodbury.decompositions.two_sided import default_rcond
 from woodbury.errors import ArgumentError, NonFiniteError, StructureError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.sparse import Sparse
@@ -180,7 +181,7 @@ class SketchPrecondition(Iterative):
         Q, R = torch.linalg.qr(sketched)
         values = torch.linalg.svdvals(R)
         norm = values[0].item() if len(values) else 0.0
-        rcond = n * torch.finfo(A.dtype).eps if self.rcond is None else self.rcond
+        rcond = default_rcond((n,), A.dtype) if self.rcond is None else self.rcond
         rank = int((values > rcond * norm).sum())
         triangular = rank == n
         if not triangular:
