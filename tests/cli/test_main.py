@@ -31,11 +31,11 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"woodbury {woodbury.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["clean", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["clean", "--help"], ["spectrum", "--help"]])
 def test_help(words: list[str]) -> None:
     done = process(RUN, *words)
     assert done.returncode == 0
-    assert "clean" in done.stdout
+    assert (words[0] if len(words) > 1 else "clean") in done.stdout
     assert "Usage" in done.stdout
 
 
