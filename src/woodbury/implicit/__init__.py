@@ -6,8 +6,8 @@
 - :func:`compare_modes`: all of them beside finite differences.
 - :func:`stationarity`: whether a solution is one, and how far off it may be.
 - :class:`GradientDescent`, :class:`LBFGS`, :class:`AcceleratedProximalGradient`, :class:`Anderson`,
-  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`, :class:`LevenbergMarquardt`: solvers, for
-  batches.
+  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`, :class:`LevenbergMarquardt`,
+  :class:`Broyden`: solvers, for batches; :class:`DeepEquilibrium`: a layer.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
@@ -17,6 +17,7 @@ from woodbury.implicit.accelerated import AcceleratedProximalGradient
 from woodbury.implicit.anderson import Anderson
 from woodbury.implicit.attach import WarmStart
 from woodbury.implicit.blocks import BlockCoordinateDescent
+from woodbury.implicit.broyden import Broyden
 from woodbury.implicit.compare import ModeComparison, ModeRow, compare_modes
 from woodbury.implicit.conditions import (
     Cones,
@@ -31,6 +32,7 @@ from woodbury.implicit.conditions import (
 )
 from woodbury.implicit.decorators import fixed_point, minimize, root
 from woodbury.implicit.descent import GradientDescent
+from woodbury.implicit.equilibrium import DeepEquilibrium
 from woodbury.implicit.iteration import Found, InnerSolver, IterationStatus
 from woodbury.implicit.lbfgs import LBFGS
 from woodbury.implicit.levenberg_marquardt import LevenbergMarquardt
@@ -72,7 +74,9 @@ __all__ = [
     "AcceleratedProximalGradient",
     "Anderson",
     "BlockCoordinateDescent",
+    "Broyden",
     "Cones",
+    "DeepEquilibrium",
     "Found",
     "GradientDescent",
     "Implicit",
