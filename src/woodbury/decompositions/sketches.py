@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -95,7 +96,7 @@ def _sparse_sign(
     index = torch.stack(
         [
             torch.randint(low, high, (columns,), device=device, generator=generator)
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
+            for low, high in pairwise(edges)
         ]
     )
     values = _signs((nonzeros, columns), dtype, device, generator) / math.sqrt(nonzeros)
