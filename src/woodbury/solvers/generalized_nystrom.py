@@ -43,7 +43,8 @@ class GeneralizedNystrom(Factored):
         ArgumentError: ``rcond`` is not in [0, 1), or ``oversampling`` is negative.
 
     Cost: ``rank`` products and ``rank + oversampling`` adjoint ones, $O((m + n) k^2)$
-    multiplications, memory of six blocks to prepare; then $(m + n) k$ multiplications and two products a column.
+    multiplications, memory of six blocks to prepare; then $(m + n) k$ multiplications and two
+    products a column.
 
     Source: Nakatsukasa, "Fast and stable randomized low-rank matrix approximation" (2020).
 

@@ -42,7 +42,8 @@ class UTV(Factored):
         ArgumentError: ``rcond`` is not in [0, 1), or ``power`` is negative.
 
     Cost: ``(2 power + 2) rank`` products with ``A`` and its adjoint, $O((m + n) k^2)$
-    multiplications, memory of four blocks to prepare; then $(m + n) k$ multiplications and two products a column.
+    multiplications, memory of four blocks to prepare; then $(m + n) k$ multiplications and two
+    products a column.
 
     Source: Gopal and Martinsson, "The powerURV algorithm for computing rank-revealing full
     factorizations" (2018); Karpowicz, "Meta-factorization" (2021).
