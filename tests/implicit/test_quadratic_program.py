@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import scipy.io
 import scipy.optimize
 import torch
 from tests.implicit.derivatives import check_derivatives
@@ -195,6 +198,42 @@ def test_a_kink_is_seen_and_its_derivative_refused() -> None:
     twice = quadratic_program(one, q, redundant, ONES)
     with pytest.raises(SingularError, match="depend on each other"):
         twice.value.backward()
+
+
+# Optimal values of Maros and Meszaros (1999), table 1.
+PUBLISHED = {
+    "CVXQP1_S": 1.15907181e4,
+    "DUAL4": 7.46090842e-1,
+    "DUALC1": 6.15525083e3,
+    "HS118": 6.64820452e2,
+    "HS21": -9.99599999e1,
+    "HS76": -4.68181818,
+    "LOTSCHD": 2.39841589e3,
+    "QAFIRO": -1.59078179,
+    "QISRAEL": 2.53478378e7,
+    "QSHARE2B": 1.17036917e4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_optimal_values(name: str, data_folder: Path) -> None:
+    path = data_folder / "maros_meszaros" / f"{name}.mat"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    data = scipy.io.loadmat(path)
+    P, rows = (data[k].toarray().astype(float) for k in ("P", "A"))
+    q, low, high = (data[k].astype(float).ravel() for k in ("q", "l", "u"))
+    equal = low == high
+    above, below = ~equal & (high < 1e19), ~equal & (low > -1e19)
+    G = np.concatenate([rows[above], -rows[below]])
+    h = np.concatenate([high[above], -low[below]])
+    arguments = [torch.from_numpy(t) for t in (P, q, rows[equal], low[equal], G, h)]
+    found = quadratic_program(*arguments, tol=1e-8)
+    z = found.value.numpy()
+    value = z @ P @ z / 2 + q @ z + float(data["r"].item())
+    assert found.ok
+    assert abs(value / PUBLISHED[name] - 1) < 1e-6
 
 
 def test_bad_input_is_refused() -> None:

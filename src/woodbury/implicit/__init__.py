@@ -13,9 +13,10 @@
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
 """
 
+from woodbury.implicit.attach import WarmStart
+
 from woodbury.implicit.accelerated import AcceleratedProximalGradient
 from woodbury.implicit.anderson import Anderson
-from woodbury.implicit.attach import WarmStart
 from woodbury.implicit.blocks import BlockCoordinateDescent
 from woodbury.implicit.broyden import Broyden
 from woodbury.implicit.compare import ModeComparison, ModeRow, compare_modes
@@ -40,6 +41,11 @@ from woodbury.implicit.mirror import MirrorDescent
 from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
 from woodbury.implicit.newton import newton_cg
 from woodbury.implicit.products import attach, implicit_jvp, implicit_vjp
+from woodbury.implicit.programs import (
+    QuadraticProgram,
+    QuadraticProgramStatus,
+    quadratic_program,
+)
 from woodbury.implicit.projections import (
     project_affine,
     project_birkhoff,
@@ -60,11 +66,6 @@ from woodbury.implicit.proxes import (
     prox_log,
     prox_nonnegative,
     prox_ridge,
-)
-from woodbury.implicit.quadratic_program import (
-    QuadraticProgram,
-    QuadraticProgramStatus,
-    quadratic_program,
 )
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
