@@ -27,7 +27,7 @@ from woodbury.implicit import (
     minimize,
     root,
 )
-from woodbury.implicit.attach import default_recipe
+from woodbury.implicit.link import default_recipe
 from woodbury.operators import FunctionOperator
 from woodbury.solvers import LU, Eigh, SolveReport
 

@@ -13,8 +13,6 @@
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
 """
 
-from woodbury.implicit.attach import WarmStart
-
 from woodbury.implicit.accelerated import AcceleratedProximalGradient
 from woodbury.implicit.anderson import Anderson
 from woodbury.implicit.blocks import BlockCoordinateDescent
@@ -37,6 +35,7 @@ from woodbury.implicit.equilibrium import DeepEquilibrium
 from woodbury.implicit.iteration import Found, InnerSolver, IterationStatus
 from woodbury.implicit.lbfgs import LBFGS
 from woodbury.implicit.levenberg_marquardt import LevenbergMarquardt
+from woodbury.implicit.link import WarmStart
 from woodbury.implicit.mirror import MirrorDescent
 from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
 from woodbury.implicit.newton import newton_cg

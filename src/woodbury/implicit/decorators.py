@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-from woodbury.implicit.attach import WarmStart
 from woodbury.implicit.condition import Condition, Kind
+from woodbury.implicit.link import WarmStart
 from woodbury.implicit.modes import Mode, mode_of
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.solvers import SolveReport

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from woodbury.errors import DtypeError, ShapeError
-from woodbury.implicit.attach import Link, attach_flat
 from woodbury.implicit.condition import Condition, FlatCondition, Kind
+from woodbury.implicit.link import Link, attach_flat
 from woodbury.implicit.modes import Implicit
 from woodbury.implicit.run import Checks, examined
 from woodbury.implicit.trees import Arguments, Unknown, checked_argnums

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from woodbury.errors import ArgumentError, GradientError
-from woodbury.implicit.attach import Link, WarmStart, attach_flat
 from woodbury.implicit.condition import Condition, FlatCondition
+from woodbury.implicit.link import Link, WarmStart, attach_flat
 from woodbury.implicit.modes import Implicit, Mode, Steps, Unrolled, mode_of
 from woodbury.implicit.run import Checks, Run, tensors_that_require_grad
 from woodbury.implicit.trees import Arguments, checked_argnums
