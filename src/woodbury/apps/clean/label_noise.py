@@ -25,7 +25,7 @@ MIXING_RIDGE = 5.0
 MOST_MIXED_CLASSES, ROWS_PER_MIXING = 30, 10
 FIT_STEPS = 200
 # In nats a row.
-FIT_TOLERANCE = 1e-6
+FIT_TOLERANCE = 2e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,9 @@ class LabelNoise:
         :meth:`fit`.
         """
         part = _sample(outputs, observed, trusted)
-        found = []
+        found, by_class = [], self
         for mixed in (False, True):
-            by_class = Likelihood(*part, "by class", mixed=mixed).maximise(self)
+            by_class = Likelihood(*part, "by class", mixed=mixed).maximise(by_class)
             uniform = Likelihood(*part, "uniform", mixed=mixed).maximise(by_class)
             found += [uniform, by_class]
         return min(found, key=lambda model: model._criterion(*part))
