@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from woodbury.errors import BudgetError, DataError, WoodburyError
+from woodbury.cli.messages import failures_told
+from woodbury.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["clean"]
 
-MISTAKE = 2
-INTERRUPTED = 130
 DEFAULT_FOLDER = "woodbury-report"
 SHOWN = 5
 
@@ -87,9 +85,12 @@ def clean(
     """
     from rich.console import Console
 
-    errors = Console(stderr=True)
     folder = out or Path(DEFAULT_FOLDER) / (demo or (table.stem if table else ""))
-    try:
+    with failures_told(
+        (DataError, BudgetError),
+        stopped="Add --resume to the same command to go on.",
+        remedy="Another --model may do; the table is unchanged.",
+    ):
         result = _run(
             table,
             demo,
@@ -104,22 +105,6 @@ def clean(
             format=format,
             resume=resume,
         )
-    except (DataError, BudgetError) as error:
-        _say(errors, "Error", str(error))
-        raise typer.Exit(MISTAKE) from None
-    except KeyboardInterrupt:
-        _say(errors, "Stopped", "Add --resume to the same command to go on.")
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if os.environ.get("WOODBURY_DEBUG"):
-            raise
-        kind = "Out of memory" if isinstance(error, MemoryError) else "Failed"
-        said = " ".join(str(error).split())[:400] or "no message"
-        _say(errors, kind, f"{type(error).__name__}: {said}")
-        if isinstance(error, WoodburyError):
-            _say(errors, "", "Another --model may do; the table is unchanged.")
-        _say(errors, "", "Set WOODBURY_DEBUG=1 for the traceback to report.")
-        raise typer.Exit(1) from None
     _summarise(Console(), result)
 
 
@@ -143,14 +128,6 @@ def _run(table: Path | None, demo: str | None, **options: Any) -> CleanResult:
     from woodbury.apps.clean import clean as job
 
     return job(source, **options, truth=truth, progress=True)
-
-
-def _say(console: Console, kind: str, text: str) -> None:
-    """Print a message as it is: no markup in it, no line broken, so that it can be copied."""
-    from rich.text import Text
-
-    line = Text(f"{kind}: ", style="bold red") if kind else Text()
-    console.print(line.append(text, style="default"), soft_wrap=True, highlight=False)
 
 
 def _summarise(console: Console, result: CleanResult) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from woodbury.cli.messages import failures_told
 from woodbury.errors import WoodburyError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["spectrum"]
 
-MISTAKE = 2
-INTERRUPTED = 130
 DEFAULT_FOLDER = "woodbury-spectrum"
 
 
@@ -92,9 +90,8 @@ def spectrum(
     """
     from rich.console import Console
 
-    errors = Console(stderr=True)
     name = matrix.name.split(".mtx")[0] if matrix else (model or "").replace(":", "-")
-    try:
+    with failures_told(WoodburyError, stopped="Nothing was written."):
         from woodbury.apps.spectrum import spectrum as job
 
         result = job(
@@ -116,31 +113,7 @@ def spectrum(
             out=out or Path(DEFAULT_FOLDER) / name,
             progress=True,
         )
-    except WoodburyError as error:
-        _say(errors, "Error", str(error))
-        raise typer.Exit(MISTAKE) from None
-    except KeyboardInterrupt:
-        _say(errors, "Stopped", "Nothing was written.")
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if os.environ.get("WOODBURY_DEBUG"):
-            raise
-        kind_of = "Out of memory" if isinstance(error, MemoryError) else "Failed"
-        said = " ".join(str(error).split())[:400] or "no message"
-        _say(errors, kind_of, f"{type(error).__name__}: {said}")
-        _say(errors, "", "Set WOODBURY_DEBUG=1 for the traceback to report.")
-        raise typer.Exit(1) from None
     _summarise(Console(), result)
-
-
-def _say(console: Console, kind: str, text: str) -> None:
-    """Print a message as it is: no markup in it, no line broken, so that it can be copied."""
-    from rich.text import Text
-
-    line = Text(f"{kind}: ", style="bold red") if kind else Text()
-    console.print(
-        line.append(" ".join(text.split()), style="default"), soft_wrap=True, highlight=False
-    )
 
 
 def _summarise(console: Console, result: SpectrumResult) -> None:
