@@ -13,7 +13,6 @@ repository).
 from __future__ import annotations
 
 import argparse
-import gzip
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 import scipy.sparse
 import torch
+from solvers import load
 from torch import Tensor
 
 from woodbury import (
@@ -86,21 +85,6 @@ def hidden(M: Tensor, *tags: str) -> FunctionOperator:
 def hidden_sparse(matrix: Any, *tags: str) -> FunctionOperator:
     A = Sparse(matrix)
     return FunctionOperator(A._matmat, A.shape, A._rmatmat, tags=tags, dtype=F64)
-
-
-def load(folder: Path, name: str) -> Any:
-    for path in folder.glob(f"{name}.*"):
-        if path.name.endswith(".triplets.gz"):
-            with gzip.open(path) as lines:
-                rows, columns, values = np.loadtxt(lines).T
-            half = scipy.sparse.coo_array((values, (rows.astype(int), columns.astype(int))))
-            return (half + half.T - scipy.sparse.diags_array(half.diagonal())).tocsr()
-        if path.name.endswith(".mtx.gz"):
-            found = scipy.io.mmread(path, spmatrix=False).tocsr()
-        else:
-            found = scipy.sparse.csr_array(scipy.io.loadmat(path)["A"])
-        return found.astype(np.float64)
-    raise FileNotFoundError(name)
 
 
 def definite_systems() -> Iterator[System]:
