@@ -20,11 +20,9 @@ def test_available(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.available_bytes(cpu) == 2 * 2**30
 
 
-
 @pytest.mark.parametrize(
     ("amount", "words"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**43, "8.0 TiB")],
 )
 def test_words(amount: int, words: str) -> None:
     assert memory.in_words(amount) == words
-

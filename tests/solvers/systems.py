@@ -65,7 +65,9 @@ def eye(n: int = N) -> Tensor:
 
 def solution_of(M: Tensor, b: Tensor) -> Tensor:
     """The exact solution, by LAPACK in double precision."""
-    return torch.from_numpy(scipy.linalg.solve(wide(M).resolve_conj().numpy(), wide(b).resolve_conj().numpy()))
+    return torch.from_numpy(
+        scipy.linalg.solve(wide(M).resolve_conj().numpy(), wide(b).resolve_conj().numpy())
+    )
 
 
 def residual_of(M: Tensor, x: Tensor, b: Tensor) -> Tensor:
