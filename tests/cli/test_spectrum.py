@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from woodbury import Hessian, Objective
 from woodbury.apps.spectrum import spectrum
+from woodbury.apps.spectrum.charts import density_chart
 from woodbury.cli.app import app
 from woodbury.errors import DataError
 
@@ -103,6 +104,16 @@ def test_a_matrix(folder: Path) -> None:
     assert not re.search(r'(src|href)\s*=\s*"?(https?:)?//', page)  # it loads nothing
 
 
+def test_labels_of_the_axis_stay_inside_the_picture() -> None:
+    x = np.linspace(-3.24e12, 1.6000001e12, 64)
+    picture = str(density_chart(x, np.exp(-((x / 1e12) ** 2)), 1e-3))
+    labels = re.findall(r'<text x="([\d.]+)" y="293.0" text-anchor="(\w+)"[^>]*>([^<]*)<', picture)
+    assert len(labels) >= 4
+    for place, anchor, text in labels:
+        right = float(place) + (7 * len(text) / 2 if anchor == "middle" else 0)
+        assert right <= 760, text
+
+
 def test_a_large_compressed_matrix_is_estimated(folder: Path) -> None:
     with gzip.open(folder / "large.mtx.gz", "wb") as file:
         scipy.io.mmwrite(file, stiffness(900))
@@ -115,6 +126,14 @@ def test_a_large_compressed_matrix_is_estimated(folder: Path) -> None:
     assert summaries[0] == summaries[1]  # the same seed, the same answer
     found = summaries[0]
     assert (found["products"], found["exact"], found["seed"]) == (240, False, 3)
+    exact = np.linalg.eigvalsh(stiffness(900).toarray())
+    low, high = found["outermost"]
+    assert exact[0] - 1e-12 <= low < 0.1
+    assert 3.9 < high <= exact[-1] + 1e-12
+    ends = f"the smallest at most {low:.4g} and the largest at least {high:.4g}: about"
+    page = (folder / "a" / "spectrum.html").read_text()
+    assert f"900 eigenvalues, {ends}" in page
+    assert f"<b>≤ {low:.4g}</b><span>smallest" in page
     trace = found["quantities"]["trace"]
     assert trace["low"] < 1800 < trace["high"]
     assert trace["high"] - trace["low"] < 200

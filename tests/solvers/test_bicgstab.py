@@ -15,12 +15,13 @@ from tests.solvers.systems import (
     random,
     residual_of,
     solution_of,
+    with_spectrum,
 )
 from tests.solvers.test_gmres import general, plain
 
-from woodbury import BiCGSTAB, Dense, Diagonal, solve
+from woodbury import GMRES, BiCGSTAB, Dense, Diagonal, solve
 from woodbury.errors import ShapeError, SolveError
-from woodbury.solvers import LU, SolveReport, SolveStatus
+from woodbury.solvers import LU, Recipe, SolveReport, SolveStatus
 
 F64 = torch.float64
 
@@ -190,3 +191,21 @@ def test_preconditioner_with_nan_is_found() -> None:
     solution = solve(plain(general()), random(N), BiCGSTAB(preconditioner=P), throw=False)
     assert solution.status is SolveStatus.non_finite
     assert not solution.value.any()
+
+
+@pytest.mark.parametrize("recipe", [BiCGSTAB(), GMRES(), GMRES(restart=3)], ids=repr)
+def test_what_a_failure_returns_is_no_worse_than_the_start(recipe: Recipe) -> None:
+    """Singular and symmetric, not consistent: coefficients of the size of 1 / eps arise."""
+    for seed in range(40):
+        spectrum = 0.2 + random(6, seed=seed).abs()
+        spectrum[0], spectrum[1] = 0.0, -spectrum[1]
+        A, b = Dense(with_spectrum(spectrum, seed=seed)), random(6, seed=seed + 1000)
+        far = 1e3 * random(6, seed=seed + 2000)
+        for x0 in (None, far):
+            solution = solve(A, b, recipe, x0=x0, throw=False)
+            start = 1.0 if x0 is None else float((b - A @ far).norm() / b.norm())
+            found = float((b - A @ solution.value).norm() / b.norm())
+            # GMRES may take the system for one whose condition number is 1 / eps.
+            assert not solution.ok or solution.status is SolveStatus.precision
+            assert found <= start * (1 + 1e-12), (seed, solution)
+            assert float(solution.residual) == pytest.approx(found, rel=1e-6)

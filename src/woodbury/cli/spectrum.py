@@ -121,12 +121,14 @@ def _summarise(console: Console, result: SpectrumResult) -> None:
     from rich.text import Text
 
     summary = result.summary
-    low, high = summary["support"]
+    low, high = summary["outermost"]
+    ends = (
+        f"from {low:.6g} to {high:.6g}"
+        if summary["exact"]
+        else f"the smallest at most {low:.6g}, the largest at least {high:.6g}"
+    )
     console.print(
-        Text(
-            f"{summary['size']:,} eigenvalues of {summary['name']}, from {low:.6g} to {high:.6g}."
-        ),
-        soft_wrap=True,
+        Text(f"{summary['size']:,} eigenvalues of {summary['name']}, {ends}."), soft_wrap=True
     )
     shown = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("", "value", "95 % interval"):

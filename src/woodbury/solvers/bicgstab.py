@@ -123,6 +123,7 @@ class _Loop(Loop[_Column]):
     """Directions ``P``, their images ``V`` and shadow residuals ``S``."""
 
     blocks: ClassVar[tuple[str, ...]] = ("X", "R", "P", "V", "S")
+    keeps_start: ClassVar[bool] = True
 
     def __init__(
         self, problem: Problem, M: LinearOperator | None, tolerances: Sequence[float]

@@ -135,6 +135,8 @@ class _Column(Column):
 class _Loop(Loop[_Column]):
     """Arnoldi's vectors ``V``, one basis ``[length + 1, n]`` for each column of a block."""
 
+    keeps_start: ClassVar[bool] = True
+
     def __init__(
         self, problem: Problem, M: LinearOperator | None, tolerances: Sequence[float]
     ) -> None:

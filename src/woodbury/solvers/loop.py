@@ -35,6 +35,9 @@ class Loop(Generic[C]):
     """
 
     blocks: ClassVar[tuple[str, ...]] = ("X", "R")
+    # Whether the start is returned where a failure has left a larger residual than it had: not
+    # where the method minimises something else on its way, as CG does the energy.
+    keeps_start: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Loop(Generic[C]):
             )
         ]
         self.all_columns = list(self.columns)
+        self.begun = list(known)
         self.value = self.X if self.X.dim() == 1 else torch.zeros_like(self.X)
         self.best: Tensor | None = None
         self.silent = problem.silent
@@ -168,6 +172,8 @@ class Loop(Generic[C]):
             found = norms(self.space, self.problem.residual(X, unknown))
             for j, norm in zip(unknown, found, strict=True):
                 columns[j].residual = norm
+        if self.keeps_start:
+            self.back_to_start()
         self.info["column_steps"] = [column.steps for column in columns]
         return Outcome(
             self.value,
@@ -176,6 +182,21 @@ class Loop(Generic[C]):
             residuals=[math.nan if c.residual is None else c.residual for c in columns],
             info=self.info,
         )
+
+    def back_to_start(self) -> None:
+        """Return the start, not an iterate that failed and has a larger residual, or none."""
+        for column in self.all_columns:
+            before, now = self.begun[column.index], column.residual
+            if column.status is None or column.status.ok or not math.isfinite(before):
+                continue
+            if now is not None and now <= before:
+                continue
+            target = column_of(self.value, column.index)
+            if self.problem.x0 is None:
+                target.zero_()
+            else:
+                target.copy_(column_of(self.problem.x0, column.index))
+            column.residual = before
 
 
 def column_of(X: Tensor, j: int) -> Tensor:

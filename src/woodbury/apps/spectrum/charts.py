@@ -11,6 +11,8 @@ __all__ = ["density_chart", "distribution_chart"]
 
 WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 44
+# An upper bound of the width of a character of a tick label, in the units of the picture.
+_CHARACTER = 7
 
 
 def density_chart(x: np.ndarray, y: np.ndarray, floor: float) -> Markup:
@@ -69,7 +71,13 @@ def _axis(ends: tuple[float, float]) -> list[str]:
     body = [_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
     for tick in _ticks(*ends):
         place = LEFT + (WIDTH - LEFT - RIGHT) * (tick - ends[0]) / (ends[1] - ends[0])
-        body.append(_text(place, bottom + 17, f"{tick:.3g}", "middle"))
+        text = f"{tick:.3g}"
+        # A label under the right end reaches as far as the picture and no further.
+        room = WIDTH - place
+        over = _CHARACTER * len(text) / 2 > room
+        body.append(
+            _text(WIDTH - 2 if over else place, bottom + 17, text, "end" if over else "middle")
+        )
     if ends[0] < 0 < ends[1]:
         place = LEFT + (WIDTH - LEFT - RIGHT) * -ends[0] / (ends[1] - ends[0])
         body.append(_line(place, TOP, place, bottom, "zero"))

@@ -235,6 +235,8 @@ def _summary(source: Source, found: SpectralDensity, seed: int, notes: list[str]
         "name": source.name,
         "source": source.facts,
         "size": n,
+        # Nodes are eigenvalues or Ritz values, which lie between the ends of the spectrum.
+        "outermost": [float(found.nodes.min()), float(found.nodes.max())],
         "support": list(found.support),
         "exact": found.run is None,
         "products": found.products,

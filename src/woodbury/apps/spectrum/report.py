@@ -64,8 +64,12 @@ def _context(summary: dict[str, Any], found: SpectralDensity) -> dict[str, Any]:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    ends, near = summary["support"], summary["smoothing"]
-    text = f"{summary['size']:,} eigenvalues between {ends[0]:.4g} and {ends[1]:.4g}"
+    ends, near = summary["outermost"], summary["smoothing"]
+    text = f"{summary['size']:,} eigenvalues"
+    if summary["exact"]:
+        text += f" between {ends[0]:.4g} and {ends[1]:.4g}"
+    else:
+        text += f", the smallest at most {ends[0]:.4g} and the largest at least {ends[1]:.4g}"
     low, high = (
         summary["quantities"][name]["value"] / summary["size"] for name in ("negative", "positive")
     )
@@ -82,10 +86,12 @@ def _how(summary: dict[str, Any]) -> str:
             f"The matrix is small: it was formed with {summary['products']:,} products, and all of "
             "its eigenvalues were computed."
         )
+    ends, outer = summary["outermost"], summary["support"]
     return (
         f"Stochastic Lanczos quadrature: {method['steps']} steps from each of {method['probes']} "
         f"random vectors, seed {summary['seed']}, reorthogonalisation: "
-        f"{method['reorthogonalize']}. The ends of the spectrum are the outermost Ritz values, "
-        "moved outwards by their error bounds. Intervals come from the spread over the random "
-        "vectors, and from the quadrature."
+        f"{method['reorthogonalize']}. The outermost Ritz values, {ends[0]:.6g} and {ends[1]:.6g}, "
+        "lie inside the spectrum up to rounding; moved outwards by their error bounds they are "
+        f"{outer[0]:.6g} and {outer[1]:.6g}, often too far. Intervals come from the spread over "
+        "the random vectors, and from the quadrature."
     )
