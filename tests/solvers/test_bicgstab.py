@@ -209,3 +209,13 @@ def test_what_a_failure_returns_is_no_worse_than_the_start(recipe: Recipe) -> No
             assert not solution.ok or solution.status is SolveStatus.precision
             assert found <= start * (1 + 1e-12), (seed, solution)
             assert float(solution.residual) == pytest.approx(found, rel=1e-6)
+
+
+def test_badly_scaled_entries_do_not_overflow_a_scalar() -> None:
+    """Squares of scalar products may leave the range of floats although the products do not."""
+    A = Dense(torch.diag(torch.logspace(-150, 150, 6, dtype=F64)))
+    for seed in range(20):
+        b = random(6, 3, seed=seed)
+        for steps in (1, 7, None):
+            solution = solve(A, b, BiCGSTAB(max_steps=steps), throw=False)
+            assert bool((solution.residual <= 1 + 1e-12).all()), (seed, solution)

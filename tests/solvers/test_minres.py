@@ -270,3 +270,16 @@ def test_gradient_carries_the_preconditioner_along() -> None:
     (solution.value @ weights).backward()
     assert error_of(b.grad, solution_of(M, weights)) < 1e-2
     assert error_of(M @ b.grad, weights) < 1e-7
+
+
+def test_what_a_failure_returns_is_no_worse_than_the_start() -> None:
+    """The matrix of Hilbert: an iterate of stagnation was 1e8 times b away."""
+    places = torch.arange(12, dtype=torch.float64)
+    M = 1 / (places[:, None] + places + 1)
+    A = Dense(M, tags={"positive_definite"})
+    for seed in range(20):
+        b = random(12, seed=seed)
+        solution = solve(A, b, MINRES(), throw=False)
+        found = float((b - M @ solution.value).norm() / b.norm())
+        assert found <= 1 + 1e-12, (seed, solution)
+        assert float(solution.residual) == pytest.approx(found, rel=1e-4, abs=1e-6)

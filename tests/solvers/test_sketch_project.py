@@ -441,3 +441,18 @@ def test_what_is_refused() -> None:
     A.space = A.out_space = Weighted(torch.ones(6, dtype=F64))
     with pytest.raises(StructureError, match="inner product of its own"):
         solve(A, random(6), Kaczmarz())
+
+
+@pytest.mark.parametrize("recipe", [Kaczmarz(), SketchProject()], ids=repr)
+def test_columns_of_a_block_that_have_no_solution_are_found_together(recipe) -> None:
+    A = random(6, 6)
+    A[5] = A[0]
+    b = random(6, 3, seed=3)
+    b[5, 1] = b[0, 1]  # this one has a solution
+    solution = solve(Dense(A), b, recipe, throw=False)
+    assert solution.column_status[0] is SolveStatus.inconsistent
+    assert solution.column_status[2] is SolveStatus.inconsistent
+    assert solution.column_status[1] is not SolveStatus.inconsistent
+    best = scipy.linalg.lstsq(A.numpy(), b.numpy(), cond=1e-12)[0]
+    least = np.linalg.norm(b.numpy() - A.numpy() @ best, axis=0) / np.linalg.norm(b.numpy(), axis=0)
+    assert np.allclose(solution.residual[[0, 2]], least[[0, 2]], rtol=1e-4)

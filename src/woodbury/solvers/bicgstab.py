@@ -107,7 +107,7 @@ class _Column(Column):
         else:
             self.omega = ts / tt
             # How much of |s|^2 is left after the step.
-            self.left = 1 - abs(ts) ** 2 / (tt * s * s)
+            self.left = 1 - (abs(ts) / math.sqrt(tt) / s) ** 2
 
     def renew(self, rho: complex) -> None:
         """Take <shadow, r> of the new residual: the next direction, if there is one."""

@@ -89,6 +89,7 @@ class _Loop(Loop[MINRESColumn]):
     """
 
     blocks: ClassVar[tuple[str, ...]] = ("X", "R", "Y", "Y_old", "Z", "W", "W_old")
+    keeps_start: ClassVar[bool] = True
 
     def __init__(
         self, problem: Problem, M: LinearOperator | None, tolerances: Sequence[float]

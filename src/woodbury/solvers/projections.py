@@ -324,7 +324,7 @@ class Projections:
         if not places:
             return
         R = self.R[:, 0] if self.vector else take(self.R, places)
-        inner = Problem(self.problem.A, R.contiguous())
+        inner = Problem(self.problem.A, R.contiguous(), scales=[1.0] * len(places))
         solver = LSMR(self.recipe.rtol, max_steps=4 * min(self.problem.A.shape))
         outcome = solver._run(inner, solver._prepare(self.problem.A))
         self.problem.products += inner.products
