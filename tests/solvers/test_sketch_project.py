@@ -449,6 +449,7 @@ def test_columns_of_a_block_that_have_no_solution_are_found_together(recipe) -> 
     A[5] = A[0]
     b = random(6, 3, seed=3)
     b[5, 1] = b[0, 1]  # this one has a solution
+    b[:, 2] = 2 * b[:, 0]  # these two end at the same step
     solution = solve(Dense(A), b, recipe, throw=False)
     assert solution.column_status[0] is SolveStatus.inconsistent
     assert solution.column_status[2] is SolveStatus.inconsistent
