@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from woodbury.errors import ArgumentError, NonFiniteError, ShapeError, TagError
+from woodbury.decompositions.lanczos_batch import lanczos_batch, require_hermitian, tridiagonal
+from woodbury.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
     from woodbury.operators.base import LinearOperator
@@ -50,9 +50,7 @@ class Lanczos:
 
         Within $\beta_m |s_{mi}|$ of every $\theta_i$ there is an eigenvalue of ``A``.
         """
-        T = torch.diag(self.diagonal)
-        T += torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
-        values, vectors = torch.linalg.eigh(T)
+        values, vectors = torch.linalg.eigh(tridiagonal(self.diagonal, self.off_diagonal))
         return values, vectors, self.remainder * vectors[-1].abs()
 
 
@@ -94,53 +92,23 @@ def lanczos(
         >>> lanczos(A, 3).ritz()[0]
         tensor([1.0000, 2.0000, 7.0000], dtype=torch.float64)
     """
+    require_hermitian(A, "lanczos")
     n = A.shape[0]
-    if "hermitian" not in A.tags:
-        raise TagError(
-            f"lanczos needs the tag 'hermitian', {type(A).__name__} has {sorted(A.tags)}; promise "
-            "it where the operator is made if it holds"
-        )
-    if steps < 1:
-        raise ArgumentError(f"steps is {steps}; it must be at least 1")
-    space = A.space
     work = torch.float32 if A.dtype.itemsize == 2 else A.dtype
     v = draw(n, 1, A, generator).squeeze(1) if start is None else start.to(work)
     if v.shape != (n,):
         raise ShapeError(f"start has shape {tuple(v.shape)}, expected [{n}]")
-    size = space.norm(v).item()
+    size = A.space.norm(v).item()
     if not size > 0:
         raise ArgumentError(f"start has norm {size}; it must not be zero")
-    steps = min(steps, n)
-    basis = torch.empty(n, steps, dtype=work, device=A.device)
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    scale = 0.0
-    for m in range(steps):
-        basis[:, m] = v / size
-        w = (A @ basis[:, m].contiguous().to(A.dtype)).to(work).unsqueeze(1)
-        Q = basis[:, : m + 1]
-        inside = space.gram(Q, w)
-        diagonal.append(inside[m, 0].real.item())
-        w = w - Q @ inside
-        w = w - Q @ space.gram(Q, w)  # once more: the first pass leaves rounding of the size of Aq
-        v = w.squeeze(1)
-        size = space.norm(v).item()
-        if not math.isfinite(size) or not math.isfinite(diagonal[-1]):
-            raise NonFiniteError(
-                f"the product of step {m + 1} with {type(A).__name__} holds NaN or infinity"
-            )
-        scale = max(scale, abs(diagonal[-1]), size)
-        if size <= 10 * torch.finfo(work).eps * scale:
-            size = 0.0
-            break
-        off_diagonal.append(size)
-    m = len(diagonal)
+    found = lanczos_batch(A, steps, v.unsqueeze(1))
+    assert found.bases is not None  # kept with full reorthogonalisation
     return Lanczos(
-        basis=basis[:, :m],
-        diagonal=torch.tensor(diagonal, dtype=torch.float64),
-        off_diagonal=torch.tensor(off_diagonal[: m - 1], dtype=torch.float64),
-        remainder=size,
-        products=m,
+        basis=found.bases[0],
+        diagonal=found.diagonal[0],
+        off_diagonal=found.off_diagonal[0],
+        remainder=found.remainder[0].item(),
+        products=found.products,
     )
 
 

@@ -105,6 +105,19 @@ class LanczosBatch:
         return replace(self, bases=None)
 
 
+def require_hermitian(A: LinearOperator, what: str) -> None:
+    """Raise unless ``A`` is tagged hermitian.
+
+    Raises:
+        TagError: it is not; says what needs it.
+    """
+    if "hermitian" not in A.tags:
+        raise TagError(
+            f"{what} needs the tag 'hermitian', {type(A).__name__} has {sorted(A.tags)}; promise "
+            "it where the operator is made if it holds"
+        )
+
+
 def tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
     """Dense symmetric tridiagonal matrices ``[..., m, m]``."""
     return (
@@ -166,11 +179,7 @@ def lanczos_batch(
         >>> found.bases.shape, found.products
         (torch.Size([3, 50, 8]), 24)
     """
-    if "hermitian" not in A.tags:
-        raise TagError(
-            f"lanczos_batch needs the tag 'hermitian', {type(A).__name__} has {sorted(A.tags)}; "
-            "promise it where the operator is made if it holds"
-        )
+    require_hermitian(A, "lanczos_batch")
     if steps < 1:
         raise ArgumentError(f"steps is {steps}; it must be at least 1")
     if reorthogonalize not in ("full", "selective", "none"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from woodbury.decompositions.lanczos_batch import require_hermitian
 from woodbury.decompositions.nystrom_sketch import ColumnSketch, NystromSketch, RandomSketch
 from woodbury.decompositions.orthonormal import orthonormalize
 from woodbury.decompositions.partial import PartialEigen
@@ -19,7 +20,6 @@ from woodbury.errors import (
     NotPositiveDefiniteError,
     RankError,
     SingularError,
-    TagError,
 )
 from woodbury.operators.base import LinearOperator
 
@@ -177,11 +177,7 @@ def nystrom(
         torch.Size([60, 16])
     """
     n = A.shape[0]
-    if "hermitian" not in A.tags:
-        raise TagError(
-            f"nystrom needs the tag 'hermitian', {type(A).__name__} has {sorted(A.tags)}; promise "
-            "it where the operator is made if it holds"
-        )
+    require_hermitian(A, "nystrom")
     if not 1 <= rank <= n:
         raise RankError(f"rank is {rank}, the operator has size {n}: the rank must be 1 to {n}")
     check_options(rank, method, depth, tolerance, max_rank, memory, chunk)

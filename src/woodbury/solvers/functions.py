@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from woodbury.decompositions.lanczos_batch import LanczosBatch, lanczos_batch, tridiagonal
+from woodbury.decompositions.lanczos_batch import (
+    LanczosBatch,
+    lanczos_batch,
+    require_hermitian,
+    tridiagonal,
+)
 from woodbury.errors import (
     ArgumentError,
     FunctionError,
@@ -18,7 +23,6 @@ from woodbury.errors import (
     NonFiniteError,
     NotPositiveDefiniteError,
     SingularError,
-    TagError,
 )
 from woodbury.operators.parts import is_opaque, parts
 from woodbury.solvers.checks import check_system, largest_entries
@@ -126,11 +130,7 @@ def matrix_function(
         tensor([1.0000, 2.0000, 3.0000])
     """
     check_system(A, b, None)
-    if "hermitian" not in A.tags:
-        raise TagError(
-            f"matrix_function needs the tag 'hermitian', {type(A).__name__} has {sorted(A.tags)}; "
-            "promise it where the operator is made if it holds"
-        )
+    require_hermitian(A, "matrix_function")
     if isinstance(f, str) and f not in _FUNCTIONS:
         raise ArgumentError(f"f is {f!r}; it must be a function or one of {sorted(_FUNCTIONS)}")
     if steps < 1:
