@@ -260,3 +260,18 @@ def test_half_precision_products() -> None:
     solution = solve(plain(M), b, GMRES(rtol=1e-1, max_steps=60), throw=False)
     assert solution.value.dtype == torch.bfloat16
     assert float(residual_of(wide(M), solution.value, b)) < 0.2
+
+
+def test_a_blown_up_iterate_is_no_precision() -> None:
+    """Rounding explains any residual of an iterate that is large enough; that is no answer."""
+    for seed, n in ((12, 3), (17, 6), (28, 3), (36, 3), (37, 6), (69, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+        spectrum = torch.randn(n, generator=generator, dtype=torch.float64)
+        spectrum[0] = 0
+        b = torch.randn(n, generator=generator, dtype=torch.float64)
+        matrix = (Q * spectrum) @ Q.T
+        A = Dense((matrix + matrix.T) / 2, tags={"hermitian"})
+        solution = solve(A, b, GMRES(), throw=False)
+        assert not solution.ok
+        assert solution.status in (SolveStatus.stagnation, SolveStatus.singular)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from woodbury.solvers.columns import rounding_limit
 from woodbury.solvers.solution import SolveStatus
 
 __all__ = ["Column"]
@@ -47,7 +48,7 @@ class Column:
 
     def verify(self, true: float, gap: float) -> None:
         """Take the true residual and its distance from that of the recurrence."""
-        rounding = true <= min(8 * self.level, 0.1 * self.b_norm)
+        rounding = true <= rounding_limit(self.level, self.b_norm, self.eps)
         if not math.isfinite(true):
             self.status = SolveStatus.non_finite
         elif true <= self.tolerance:

@@ -14,12 +14,35 @@ from torch import Tensor
 
 from woodbury.spaces import Space
 
-__all__ = ["add_columns", "dots", "inners", "norms", "scale_columns", "take", "width"]
+__all__ = [
+    "add_columns",
+    "dots",
+    "inners",
+    "norms",
+    "rounding_limit",
+    "scale_columns",
+    "take",
+    "width",
+]
 
 
 def width(X: Tensor) -> int:
     """The number of columns."""
     return 1 if X.dim() == 1 else X.shape[1]
+
+
+def rounding_limit(level: float, b_norm: float, eps: float) -> float:
+    """The largest residual that is ``precision``: some times what rounding makes it, and useful.
+
+    An iterate that has blown up on a singular system explains any residual by rounding. A quarter
+    of the digits has to be left: 1e-4 of ``b`` in double, 2e-2 in single precision.
+
+    Args:
+        level: eps times (norm of ``A`` times norm of ``x`` plus norm of ``b``).
+        b_norm: norm of ``b``.
+        eps: of the dtype.
+    """
+    return min(8 * level, eps**0.25 * b_norm)
 
 
 def dots(space: Space, X: Tensor, Y: Tensor) -> list[float]:

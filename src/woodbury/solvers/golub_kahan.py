@@ -11,8 +11,8 @@ import torch
 from scipy.linalg.lapack import dstebz
 from torch import Tensor
 
-from woodbury.solvers.columns import add_columns, take
-from woodbury.solvers.least_squares import LeastSquares, LeastSquaresState, System, View
+from woodbury.solvers.columns import add_columns, rounding_limit, take
+from woodbury.solvers.least_squares import LeastSquares, LeastSquaresState, StackedSystem, View
 from woodbury.solvers.recipe import Outcome, Problem
 from woodbury.solvers.solution import SolveStatus
 
@@ -90,7 +90,7 @@ class Bidiagonalization:
 
     def __init__(self, problem: Problem, state: LeastSquaresState, recipe: LeastSquares) -> None:
         self.problem, self.recipe = problem, recipe
-        self.system = System(problem, state, recipe.damping)
+        self.system = StackedSystem(problem, state, recipe.damping)
         self.rtol = recipe.rtol
         self.tolerances = problem.tolerances(recipe.rtol, recipe.atol)
         self.eps = torch.finfo(problem.A.dtype).eps
@@ -253,7 +253,9 @@ class Bidiagonalization:
         elif not first:
             level = self.eps * (norm * view.x_norms[place] + b_norm)
             reachable = self.tolerances[column.index] >= level
-            rounding = not (damped or reachable) and residual <= min(8 * level, 0.1 * b_norm)
+            rounding = not (damped or reachable) and residual <= rounding_limit(
+                level, b_norm, self.eps
+            )
             flat = self.rtol * stacked < level and gradient <= 8 * norm * level
             if rounding or (flat and column.normal_residual <= math.sqrt(self.eps)):
                 column.status = SolveStatus.precision

@@ -17,7 +17,7 @@ from woodbury.solvers.preconditioned import KrylovState, Preconditioned
 from woodbury.solvers.recipe import Problem, State
 from woodbury.spaces import Space
 
-__all__ = ["LeastSquares", "LeastSquaresState", "System", "View"]
+__all__ = ["LeastSquares", "LeastSquaresState", "StackedSystem", "View"]
 
 # Below this the sum of squares of a vector has lost digits to underflow.
 _TINY = {
@@ -88,7 +88,7 @@ class LeastSquares(Preconditioned):
             raise DeviceError(f"the preconditioner is on {M.device}, the operator on {A.device}")
 
 
-class System:
+class StackedSystem:
     r"""$K = \begin{pmatrix} A \\ \lambda I \end{pmatrix} M$, or the adjoint of such a one.
 
     A damped problem is the plain one with ``A`` stacked on a multiple of the identity, which holds

@@ -13,7 +13,7 @@ from torch import Tensor
 from woodbury.errors import NonFiniteError
 from woodbury.operators.sparse import Sparse
 from woodbury.solvers.certified import normal_residuals
-from woodbury.solvers.columns import norms, take
+from woodbury.solvers.columns import norms, rounding_limit, take
 from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.recipe import Outcome, Problem, State
 from woodbury.solvers.solution import SolveStatus
@@ -297,7 +297,7 @@ class Projections:
                 ended[place] = SolveStatus.converged
             elif normal is not None and normal[place] <= self.recipe.rtol:
                 ended[place] = SolveStatus.least_squares
-            elif residual <= min(8 * level, 0.1 * problem.b_norms[j]) and not first:
+            elif residual <= rounding_limit(level, problem.b_norms[j], self.eps) and not first:
                 ended[place] = SolveStatus.precision
         if not problem.silent:
             problem.note(step, self.residuals)

@@ -15,7 +15,7 @@ from woodbury.errors import ArgumentError, NonFiniteError, StructureError
 from woodbury.operators.base import LinearOperator
 from woodbury.operators.sparse import Sparse
 from woodbury.solvers.certified import normal_residuals
-from woodbury.solvers.columns import norms
+from woodbury.solvers.columns import norms, rounding_limit
 from woodbury.solvers.lsmr import LSMR
 from woodbury.solvers.preconditioned import Iterative
 from woodbury.solvers.recipe import Outcome, Problem, State
@@ -309,7 +309,7 @@ class _Run:
                 found.append(SolveStatus.converged)
             elif self.whitened[j] <= self.recipe.rtol and self.outside(j):
                 found.append(SolveStatus.least_squares)
-            elif residual <= min(8 * level, 0.1 * problem.b_norms[j]) or (
+            elif residual <= rounding_limit(level, problem.b_norms[j], self.eps) or (
                 not self.state.wide and self.whitened[j] * residual <= 8 * level
             ):
                 found.append(SolveStatus.precision)
