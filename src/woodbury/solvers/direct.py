@@ -11,7 +11,7 @@ from torch import Tensor
 
 from woodbury.errors import ArgumentError, BudgetError, NonFiniteError, TagError
 from woodbury.operators.memory import available_bytes, in_words
-from woodbury.solvers.columns import norms
+from woodbury.solvers.columns import norms, rounding_limit
 from woodbury.solvers.recipe import Outcome, Problem, Recipe, State
 from woodbury.solvers.solution import SolveStatus
 
@@ -97,7 +97,7 @@ class Direct(Recipe):
             elif r <= math.sqrt(eps) * norm:
                 statuses.append(SolveStatus.converged)
             elif r <= room * (state.norm * size + norm):
-                useful = r <= 0.1 * norm
+                useful = r <= rounding_limit(math.inf, norm, eps)
                 statuses.append(SolveStatus.precision if useful else SolveStatus.singular)
             else:
                 statuses.append(SolveStatus.stagnation)
