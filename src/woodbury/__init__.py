@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from woodbury import errors
     from woodbury.apps.clean import clean
     from woodbury.bilevel import check_hypergradient, hypergradient
-    from woodbury.curvature import Fisher, GaussNewton, Hessian, Jacobian, Objective
+    from woodbury.curvature import (
+        Fisher,
+        GaussNewton,
+        GradientBuffer,
+        GradientWindow,
+        Hessian,
+        Jacobian,
+        Objective,
+    )
     from woodbury.implicit import fixed_point, minimize, root
     from woodbury.influence import leave_one_out
     from woodbury.operators import (
@@ -88,6 +96,8 @@ _HOME = {
     "GaussNewton": "curvature",
     "GaussSeidel": "solvers",
     "GeneralizedNystrom": "solvers",
+    "GradientBuffer": "curvature",
+    "GradientWindow": "curvature",
     "Hessian": "curvature",
     "Identity": "operators",
     "IncompleteCholesky": "solvers",
@@ -172,6 +182,8 @@ __all__ = [
     "GaussNewton",
     "GaussSeidel",
     "GeneralizedNystrom",
+    "GradientBuffer",
+    "GradientWindow",
     "Hessian",
     "Identity",
     "IncompleteCholesky",

@@ -7,7 +7,8 @@ Where to find what:
   pure function, ``criteria`` (with ``losses`` and ``likelihoods``) turns a criterion into losses
   per example with their curvature in the outputs, ``per_example`` takes gradients one by one.
 - One matrix a file: ``jacobian``, ``hessian``, ``gauss_newton``, ``fisher``; ``matrix`` is what
-  they share.
+  they share. ``gradient_window`` (with ``window_recursion`` and ``gradient_buffer``) is a matrix
+  of gradients, which ``gradient_rows`` collects from an objective.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
@@ -15,8 +16,21 @@ Where to find what:
 
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
+from woodbury.curvature.gradient_buffer import GradientBuffer
+from woodbury.curvature.gradient_window import GradientWindow, WindowInverse
 from woodbury.curvature.hessian import Hessian
 from woodbury.curvature.jacobian import Jacobian
 from woodbury.curvature.objective import Objective
+from woodbury.curvature.window_recursion import WindowRecursion
 
-__all__ = ["Fisher", "GaussNewton", "Hessian", "Jacobian", "Objective"]
+__all__ = [
+    "Fisher",
+    "GaussNewton",
+    "GradientBuffer",
+    "GradientWindow",
+    "Hessian",
+    "Jacobian",
+    "Objective",
+    "WindowInverse",
+    "WindowRecursion",
+]

@@ -14,7 +14,7 @@ from woodbury.curvature.losses import per_example
 from woodbury.curvature.problem import Problem
 from woodbury.errors import ArgumentError
 
-__all__ = ["per_example_gradients"]
+__all__ = ["each_row", "per_example_gradients"]
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -31,54 +31,79 @@ def per_example_gradients(problem: Problem, rows: int | None) -> Iterator[tuple[
 
 
 def _chunks(problem: Problem, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    vectorized = not problem.replayed
+    gradients = ExampleGradients(problem)
     for batch in problem.batches("gradients per example"):
         places = batch.places().to(problem.device)
         for start in range(0, batch.size, rows):
-            stop = min(start + rows, batch.size)
-            if vectorized:
-                try:
-                    yield places[start:stop], _vectorized(problem, batch, start, stop)
-                    continue
-                except (RuntimeError, ValueError):  # the model has something that vmap cannot do
-                    vectorized = False
-            yield places[start:stop], _one_by_one(problem, batch, start, stop)
+            part = slice(start, min(start + rows, batch.size))
+            yield places[part], gradients.of(batch, part)
 
 
-def _one_by_one(problem: Problem, batch: Batch, start: int, stop: int) -> Tensor:
+class ExampleGradients:
+    """Gradients of some examples of a batch: vectorised as long as the model allows it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.vectorized = not problem.replayed
+
+    def of(self, batch: Batch, part: slice | Tensor) -> Tensor:
+        """The gradients ``[b, n]`` of the examples at ``part`` of the batch."""
+        if self.vectorized:
+            try:
+                return _vectorized(self.problem, batch, part)
+            except (RuntimeError, ValueError):  # the model has something that vmap cannot do
+                self.vectorized = False
+        return _one_by_one(self.problem, batch, part)
+
+
+def _one_by_one(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
     leaves = problem.leaves()
     with torch.enable_grad():
-        losses = per_example(problem.losses(leaves, batch), "gradients per example")
-    result = torch.zeros(
-        stop - start, problem.space.dim, dtype=problem.dtype, device=problem.device
-    )
-    for i in range(start, stop):
+        losses = per_example(problem.losses(leaves, batch), "gradients per example")[part]
+    result = torch.zeros(len(losses), problem.space.dim, dtype=problem.dtype, device=problem.device)
+    for loss, row in zip(losses, result, strict=True):
         gradients = torch.autograd.grad(
-            losses[i], list(leaves.values()), retain_graph=True, allow_unused=True
+            loss, list(leaves.values()), retain_graph=True, allow_unused=True
         )
-        for part, gradient in zip(
-            problem.space.unflatten(result[i - start]).values(), gradients, strict=True
-        ):
+        views = problem.space.unflatten(row).values()
+        for view, gradient in zip(views, gradients, strict=True):
             if gradient is not None:
-                part.copy_(gradient)
+                view.copy_(gradient)
     return result
 
 
-def _vectorized(problem: Problem, batch: Batch, start: int, stop: int) -> Tensor:
-    leaves, structure = tree_flatten(batch.data)
-    # What has a row per example is sliced; anything else is the same for all.
-    sliced = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == batch.size for x in leaves]
-    parts = [x[start:stop] if cut else x for x, cut in zip(leaves, sliced, strict=True)]
-    rows = [x for x, cut in zip(parts, sliced, strict=True) if cut]
-
-    def loss(flat: Tensor, *row: Tensor) -> Tensor:
-        given = iter(row)
-        data = [next(given)[None] if cut else x for x, cut in zip(parts, sliced, strict=True)]
-        single = Batch(batch.index, tree_unflatten(data, structure), 1, slice(0, 1))
+def _vectorized(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
+    def loss(flat: Tensor, single: Batch) -> Tensor:
         losses = problem.losses(problem.space.unflatten(flat), single)
         return per_example(losses, "gradients per example").sum()
 
-    flat = problem.params_vector()
-    gradient: Callable[..., Any] = torch.func.grad(loss)
-    result = torch.func.vmap(gradient, in_dims=(None, *[0] * len(rows)))(flat, *rows)
+    return each_row(problem, batch, part, torch.func.grad(loss))
+
+
+def each_row(
+    problem: Problem,
+    batch: Batch,
+    part: slice | Tensor,
+    function: Callable[..., Any],
+    *extra: Tensor,
+) -> Tensor:
+    """``function(parameters [n], batch of one row, *rows of extra)`` for the rows ``part``.
+
+    Rows are vectorised over; raises what ``torch.func.vmap`` raises for a model that it cannot do.
+    """
+    leaves, structure = tree_flatten(batch.data)
+    # What has a row per example is sliced; anything else is the same for all.
+    sliced = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == batch.size for x in leaves]
+    parts = [x[part] if cut else x for x, cut in zip(leaves, sliced, strict=True)]
+    rows = [x for x, cut in zip(parts, sliced, strict=True) if cut]
+
+    def one(flat: Tensor, *row: Tensor) -> Tensor:
+        given = iter(row[: len(rows)])
+        data = [next(given)[None] if cut else x for x, cut in zip(parts, sliced, strict=True)]
+        single = Batch(batch.index, tree_unflatten(data, structure), 1, slice(0, 1))
+        result: Tensor = function(flat, single, *row[len(rows) :])
+        return result
+
+    in_dims = (None, *[0] * (len(rows) + len(extra)))
+    result: Tensor = torch.func.vmap(one, in_dims=in_dims)(problem.params_vector(), *rows, *extra)
     return result
