@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         Objective,
     )
     from woodbury.implicit import fixed_point, minimize, root
-    from woodbury.influence import leave_one_out
+    from woodbury.influence import Influence, leave_one_out
     from woodbury.operators import (
         BlockDiagonal,
         Dense,
@@ -102,6 +102,7 @@ _HOME = {
     "Identity": "operators",
     "IncompleteCholesky": "solvers",
     "IncompleteLU": "solvers",
+    "Influence": "influence",
     "Jacobi": "solvers",
     "Jacobian": "curvature",
     "Kaczmarz": "solvers",
@@ -188,6 +189,7 @@ __all__ = [
     "Identity",
     "IncompleteCholesky",
     "IncompleteLU",
+    "Influence",
     "Jacobi",
     "Jacobian",
     "Kaczmarz",

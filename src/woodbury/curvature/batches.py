@@ -197,7 +197,7 @@ class Batches:
         self.paired = paired
         self.progress = progress
         self.ordered = is_ordered(data)
-        self._source = source = normalize(data)
+        self.source = source = normalize(data)
         self.in_memory = isinstance(source, list | tuple)
         self._examples: int | None = None
         self._count: int | None = len(source) if isinstance(source, list | tuple) else None
@@ -207,7 +207,7 @@ class Batches:
     def passes(self, what: str, start: int = 0) -> Iterator[Batch]:
         """One pass over the batches, without the first ``start`` of them."""
         examples, index = 0, -1
-        for index, raw in enumerate(self._source):
+        for index, raw in enumerate(self.source):
             size = self._seen(index, raw)
             if index >= start:
                 yield self._batch(raw, index, examples, size)
@@ -225,7 +225,7 @@ class Batches:
 
     def first(self) -> Batch:
         """The first batch."""
-        for index, raw in enumerate(self._source):
+        for index, raw in enumerate(self.source):
             return self._batch(raw, index, 0, self._checked_size(raw, index))
         raise DataError("the data holds no batch")
 
@@ -233,7 +233,7 @@ class Batches:
     def num_examples(self) -> int:
         """Number of examples; the first time this is asked it costs a pass over the data."""
         if self._examples is None:
-            sizes = [self._seen(index, raw) for index, raw in enumerate(self._source)]
+            sizes = [self._seen(index, raw) for index, raw in enumerate(self.source)]
             if not sizes:
                 raise DataError("the data holds no batch")
             self._count, self._examples = len(sizes), sum(sizes)
@@ -250,7 +250,7 @@ class Batches:
         if self._count is not None:
             return 1 / self._count
         try:
-            return 1 / len(self._source)  # type: ignore[arg-type]
+            return 1 / len(self.source)  # type: ignore[arg-type]
         except (TypeError, ZeroDivisionError):
             return 0.0
 

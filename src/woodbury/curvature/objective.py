@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from woodbury.curvature.batches import Batch, Progress
+from woodbury.curvature.batches import Batch, Batches, Progress, batch_size
 from woodbury.curvature.criteria import make_criterion
 from woodbury.curvature.functions import (
     ModuleFunction,
@@ -200,6 +200,38 @@ class Objective(Problem):
         """The same objective with other weights ``[N]``."""
         other = copy.copy(self)
         other._weights = self._checked_weights(weights)
+        return other
+
+    @property
+    def data(self) -> Any:
+        """What gives the batches, the same at every pass."""
+        return self._batches.source
+
+    def with_data(self, data: Any) -> Objective:
+        """The same model, criterion and parameters on other data, without weights per example."""
+        other = copy.copy(self)
+        before = self._batches
+        other._batches = Batches(data, self.device, before.progress, paired=before.paired)
+        other._weights, other._verified = None, False
+        return other
+
+    def measuring(self, measurement: Callable[[Tensor, Any], Tensor], data: Any) -> Objective:
+        """What is measured of the outputs on ``data``, in the place of the loss.
+
+        Args:
+            measurement: ``(outputs, batch)`` to one number for each example, ``[B]``.
+            data: as for :class:`Objective`.
+
+        Raises:
+            StructureError: at use, the objective is given as a loss only.
+        """
+        other = self.with_data(data)
+
+        def measure(params: Params, raw: Any) -> Tensor:
+            size = batch_size(raw)
+            return measurement(self.outputs(params, Batch(0, raw, size, slice(0, size))), raw)
+
+        other._loss, other._predict, other._criterion = measure, None, None
         return other
 
     # ------------------------------------------------------- what it is worth

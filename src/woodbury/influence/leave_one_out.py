@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from woodbury.curvature import GaussNewton, Objective
 from woodbury.curvature.batches import Batch
 from woodbury.errors import ArgumentError, ShapeError, StructureError
-from woodbury.operators import Dense, LinearOperator
-from woodbury.solvers import CG, Cholesky, Eigh, Recipe, SolveReport, inverse
+from woodbury.influence.systems import DENSE_LIMIT, formed
+from woodbury.operators import LinearOperator
+from woodbury.solvers import CG, Cholesky, Recipe, SolveReport, inverse
 
 __all__ = ["LeaveOneOut", "leave_one_out"]
 
-# Up to this many parameters the curvature is formed and factorised where no recipe is given.
-_DENSE_LIMIT = 3000
 _CHUNK_BYTES = 128 * 2**20
 
 
@@ -146,11 +145,8 @@ def leave_one_out(
             f"curvature is {operator.shape}, the objective has {objective.space.dim} parameters"
         )
     if recipe is None:
-        recipe = Cholesky() if operator.shape[0] <= _DENSE_LIMIT else CG()
-    if isinstance(recipe, Cholesky | Eigh):
-        # These recipes form the matrix anyway; formed here, the residuals of the N C solves are
-        # products with it instead of passes over the data.
-        operator = Dense(operator.to_dense(), tags=operator.tags)
+        recipe = Cholesky() if operator.shape[0] <= DENSE_LIMIT else CG()
+    operator = formed(operator, recipe)
     report = SolveReport()
     inverted = inverse(operator, recipe, report=report)
 

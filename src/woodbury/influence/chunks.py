@@ -1,0 +1,68 @@
+"""Gradients of training examples in chunks whose borders are the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from woodbury.curvature import Objective
+from woodbury.curvature.per_example import ExampleGradients
+from woodbury.errors import ArgumentError, NonFiniteError, ShapeError
+
+__all__ = ["chosen_rows", "gradient_chunks"]
+
+
+def chosen_rows(objective: Objective, rows: Tensor | None) -> Tensor:
+    """The numbers of the training examples that are scored, ascending.
+
+    Raises:
+        ShapeError, ArgumentError: ``rows`` is not a list of different row numbers.
+    """
+    count = objective.num_examples
+    if rows is None:
+        return torch.arange(count)
+    if rows.dim() != 1 or rows.is_floating_point():
+        raise ShapeError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}; give row numbers")
+    found = rows.cpu().long().sort().values
+    if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= count):
+        raise ArgumentError(f"rows go from {int(found[0])} to {int(found[-1])} of {count}")
+    if bool((found[1:] == found[:-1]).any()):
+        raise ArgumentError("rows name an example twice")
+    return found
+
+
+def gradient_chunks(
+    objective: Objective, size: int, *, rows: Tensor | None = None, done: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places in the data ``[b]`` and gradients ``[b, n]``, without the first ``done`` chosen ones.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite; the message names its rows.
+    """
+    objective.require_rows("influence")
+    wanted = None if rows is None else rows.to(objective.device)
+    gradients = ExampleGradients(objective)
+    passed = 0
+    for batch in objective.batches("gradients per example"):
+        places = batch.places().to(objective.device)
+        index = torch.arange(batch.size, device=objective.device)
+        if wanted is not None:
+            index = index[torch.isin(places, wanted)]
+        for part in index.split(size):
+            passed += len(part)
+            if passed <= done:
+                continue
+            whole = len(part) == part[-1] - part[0] + 1
+            chosen = slice(int(part[0]), int(part[-1]) + 1) if whole else part
+            found = gradients.of(batch, chosen)
+            finite = torch.isfinite(found).all(1)
+            if not bool(finite.all()):
+                bad = places[part][~finite].tolist()
+                raise NonFiniteError(
+                    f"the gradients of {len(bad)} examples of batch {batch.index} hold NaN or "
+                    f"infinity (rows {', '.join(map(str, bad[:8]))}); look at these rows, or leave "
+                    "them out"
+                )
+            yield places[part], found
