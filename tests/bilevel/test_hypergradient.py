@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.bilevel.problems import T0, N
 from torch import Tensor
 
 from woodbury import CG, Cholesky, Eigh, Neumann, Nystrom, hypergradient
 from woodbury.bilevel import unrolled_hypergradient
 from woodbury.curvature import Hessian
 from woodbury.errors import DataError, GradientError, NonFiniteError, SolveError
-
-N = 12
-
-
-class T0:
-    """g = 0.5 w'(A + diag(exp L))w - b'w, f = 0.5 |C w - e|^2: everything in closed form."""
-
-    def __init__(self, seed: int = 0) -> None:
-        gen = torch.Generator().manual_seed(seed)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-        factor = randn(N, N)
-        self.A = factor @ factor.T / N
-        self.b, self.C, self.e, self.L = randn(N), randn(5, N), randn(5), 0.5 * randn(N) - 2
-
-    def inner(self, w: Tensor, L: Tensor) -> Tensor:
-        return 0.5 * w @ self.A @ w + 0.5 * (L.exp() * w**2).sum() - self.b @ w
-
-    def outer(self, w: Tensor, L: Tensor) -> Tensor:
-        return 0.5 * (self.C @ w - self.e).square().sum() + 0.1 * L.square().sum()
-
-    @property
-    def H(self) -> Tensor:
-        return self.A + torch.diag(self.L.exp())
-
-    @property
-    def w_star(self) -> Tensor:
-        return torch.linalg.solve(self.H, self.b)
-
-    def exact(self, inverse: Tensor | None = None) -> Tensor:
-        inverse = torch.linalg.inv(self.H) if inverse is None else inverse
-        a = self.C.T @ (self.C @ self.w_star - self.e)
-        return 0.2 * self.L - self.L.exp() * self.w_star * (inverse @ a)
+from woodbury.implicit import StationarityWarning
 
 
 @pytest.fixture
@@ -112,7 +79,7 @@ def test_warm_start_needs_fewer_products(t0: T0) -> None:
 
 def test_outer_error_estimates_an_unsolved_inner_problem(t0: T0) -> None:
     w = t0.w_star + 1e-4 * torch.randn(N, generator=torch.Generator().manual_seed(1)).double()
-    result = hypergradient(t0.inner, t0.outer, w, t0.L, Cholesky())
+    result = hypergradient(t0.inner, t0.outer, w, t0.L, Cholesky(), stationary_rtol=None)
     truth = (t0.outer(w, t0.L) - t0.outer(t0.w_star, t0.L)).item()
     assert result.outer_error == pytest.approx(truth, rel=1e-2)
     assert result.stationarity == pytest.approx((t0.H @ w - t0.b).norm().item())
@@ -177,6 +144,25 @@ def test_closing_over_the_hyperparameter_is_an_error_not_zero(t0: T0) -> None:
         )
 
 
+def test_an_unsolved_inner_problem_is_warned_of_with_a_bound(t0: T0) -> None:
+    w = t0.w_star + 0.01 * torch.ones(N).double()
+    distance = (w - t0.w_star).norm().item()
+    with pytest.warns(StationarityWarning, match="to first order") as caught:
+        hypergradient(t0.inner, t0.outer, w, t0.L, Cholesky())
+    # the inner problem is quadratic, so one Newton step measures the distance
+    assert f"|x - x*| <= {distance:.3g}" in str(caught[0].message)
+    residual = (t0.H @ w - t0.b).norm().item()
+    assert f"|F(x)| = {residual:.3g}" in str(caught[0].message)
+
+
+def test_an_outer_loss_that_ignores_the_parameters_is_an_error_not_zero(t0: T0) -> None:
+    outside = t0.w_star.clone().requires_grad_()
+    with pytest.raises(GradientError, match="outer loss does not depend on params"):
+        hypergradient(t0.inner, lambda w, L: t0.outer(outside, L), t0.w_star, t0.L, Cholesky())
+    with pytest.raises(GradientError, match="outer loss does not depend on params"):
+        hypergradient(t0.inner, lambda w, L: L.sum(), t0.w_star, t0.L, Cholesky())
+
+
 def test_a_parameter_the_inner_loss_does_not_use_is_named(t0: T0) -> None:
     params = {"w": t0.w_star, "idle": torch.ones(2).double()}
     with pytest.raises(GradientError, match="idle"):
@@ -239,7 +225,14 @@ def test_module_parameters_stay_untouched() -> None:
     before = {name: value.clone() for name, value in params.items()}
     recipe = Eigh()
     result = hypergradient(
-        inner, outer, params, weights, recipe, inner_data=[(x, y)], outer_data=[(x, y)]
+        inner,
+        outer,
+        params,
+        weights,
+        recipe,
+        inner_data=[(x, y)],
+        outer_data=[(x, y)],
+        stationary_rtol=None,
     )
     assert result.value.shape == weights.shape
     assert all(torch.equal(before[name], value) for name, value in params.items())
@@ -270,7 +263,7 @@ def test_module_parameters_stay_untouched() -> None:
 
 
 def test_the_hessian_used_is_that_of_the_inner_loss(t0: T0) -> None:
-    from woodbury.bilevel.hypergradient import BilevelProblem
+    from woodbury.bilevel import Bilevel
 
-    problem = BilevelProblem(t0.inner, t0.outer, t0.w_star, t0.L, None, None)
+    problem = Bilevel(t0.inner, t0.outer, t0.w_star, t0.L)
     torch.testing.assert_close(Hessian(problem.inner_objective()).to_dense(), t0.H)

@@ -1,25 +1,49 @@
 """Bilevel optimisation: hypergradients through the solution of an inner problem.
 
+- :class:`Bilevel`: a problem with its oracles; :func:`estimate_hypergradient` at one point of it.
+- :class:`AlternatingIFT` and others: algorithms, one outer step a call of ``step()``.
 - :func:`hypergradient`: by the implicit function theorem, with any recipe and a certificate.
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
 - :class:`LVHBA`: for an inner problem with constraints that couple both levels.
 """
 
+from woodbury.bilevel.algorithm import BilevelAlgorithm, StepReport
+from woodbury.bilevel.alternating import AlternatingIFT, AlternatingNystrom
 from woodbury.bilevel.check import (
     HypergradientCheck,
     check_hypergradient,
     unrolled_hypergradient,
 )
-from woodbury.bilevel.hypergradient import Hypergradient, hypergradient
+from woodbury.bilevel.estimate import Hypergradient, estimate_hypergradient
+from woodbury.bilevel.estimators import FiniteDifference, HypergradientState, UnrolledDescent
+from woodbury.bilevel.hypergradient import hypergradient
+from woodbury.bilevel.linearization import Linearization
 from woodbury.bilevel.lv_hba import LVHBA, LVHBAStep
+from woodbury.bilevel.oracles import Gradients, Joint, OracleCounts
+from woodbury.bilevel.problem import Bilevel
+from woodbury.bilevel.sampling import Sampler
 
 __all__ = [
     "LVHBA",
+    "AlternatingIFT",
+    "AlternatingNystrom",
+    "Bilevel",
+    "BilevelAlgorithm",
+    "FiniteDifference",
+    "Gradients",
     "Hypergradient",
     "HypergradientCheck",
+    "HypergradientState",
+    "Joint",
     "LVHBAStep",
+    "Linearization",
+    "OracleCounts",
+    "Sampler",
+    "StepReport",
+    "UnrolledDescent",
     "check_hypergradient",
+    "estimate_hypergradient",
     "hypergradient",
     "unrolled_hypergradient",
 ]

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.hypergradient import BilevelProblem, Hypergradient, Loss, Tensors
-from woodbury.curvature import Hessian
-from woodbury.decompositions import extreme_eigenvalues
+from woodbury.bilevel.estimate import (
+    Hypergradient,
+    estimate_hypergradient,
+    implicit_hypergradient,
+)
+from woodbury.bilevel.estimators import UnrolledDescent
+from woodbury.bilevel.parts import Tensors
+from woodbury.bilevel.problem import Bilevel, Loss
 from woodbury.errors import DataError, DtypeError
+from woodbury.implicit.modes import Implicit
 from woodbury.implicit.newton import newton_cg
 from woodbury.solvers import Recipe
-from woodbury.spaces import Space
 
 __all__ = ["HypergradientCheck", "check_hypergradient", "unrolled_hypergradient"]
 
@@ -148,7 +153,7 @@ def check_hypergradient(
     """
     if directions < 1:
         raise DataError(f"directions is {directions}; at least one is needed")
-    problem = BilevelProblem(inner, outer, params, hyper, inner_data, outer_data)
+    problem = Bilevel(inner, outer, params, hyper, inner_data=inner_data, outer_data=outer_data)
     for what, tensors in (("params", problem.params), ("hyper", problem.hyper)):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float64:
@@ -156,24 +161,17 @@ def check_hypergradient(
                     f"{what}[{name!r}] is {tensor.dtype}; differences need float64, convert with "
                     ".double()"
                 )
-    hyper_space = Space.of(problem.hyper)
-    centre = hyper_space.flatten(problem.hyper)
+    hyper_space, centre = problem.hyper_space, problem.hyper_vector()
 
-    def at(flat: Tensor) -> BilevelProblem:
-        shifted = hyper_space.unflatten(flat)
-        given = shifted if problem.hyper_named else shifted[""]
-        moved = BilevelProblem(inner, outer, params, given, inner_data, outer_data)
+    def at(flat: Tensor) -> Bilevel:
+        shifted = problem.at(hyper=flat)
         if solve_inner is None:
-            flat_params = newton_cg(moved.inner_objective(), gtol=1e-10)
-            moved.params = moved.space.unflatten(flat_params)
-        else:
-            solved = solve_inner(given)
-            moved.params = {"": solved} if isinstance(solved, Tensor) else dict(solved)
-        moved.params = {name: tensor.detach() for name, tensor in moved.params.items()}
-        return moved
+            return shifted.at(newton_cg(shifted.inner_objective(), gtol=1e-10))
+        solution = solve_inner(shifted.structured("hyper", shifted.hyper))
+        return shifted.at(problem.space.flatten(_mapping(solution)))
 
     solved = at(centre)
-    result = solved.hypergradient(Hessian(solved.inner_objective()), recipe)
+    result = implicit_hypergradient(solved, Implicit(recipe))
     flat = hyper_space.flatten(_mapping(result.value))
 
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -182,22 +180,14 @@ def check_hypergradient(
     width = step * max(1.0, centre.abs().max().item())
 
     def quotient(u: Tensor, h: float) -> float:
-        high, low = at(centre + h * u).outer_value(), at(centre - h * u).outer_value()
+        high, low = at(centre + h * u).value("outer"), at(centre - h * u).value("outer")
         return (high - low) / (2 * h)
 
     coarse = torch.tensor([quotient(u, width) for u in units.T], dtype=centre.dtype)
     fine = torch.tensor([quotient(u, width / 2) for u in units.T], dtype=centre.dtype)
     unrolled = None
     if unroll:
-        descent = unrolled_hypergradient(
-            inner,
-            outer,
-            solved.given_params(),
-            hyper,
-            steps=unroll,
-            inner_data=inner_data,
-            outer_data=outer_data,
-        )
+        descent = estimate_hypergradient(solved, UnrolledDescent(unroll)).value
         unrolled = (hyper_space.flatten(_mapping(descent)) @ units).cpu()
     return HypergradientCheck(
         implicit=(flat @ units).cpu(),
@@ -250,25 +240,8 @@ def unrolled_hypergradient(
         >>> unrolled_hypergradient(inner, lambda w, a: w.sum(), one, one, steps=1, step_size=0.5)
         tensor([0.5000], dtype=torch.float64)
     """
-    problem = BilevelProblem(inner, outer, params, hyper, inner_data, outer_data)
-    if step_size is None:
-        step_size = 1 / extreme_eigenvalues(Hessian(problem.inner_objective())).radius
-    hyper_leaves = {name: t.clone().requires_grad_() for name, t in problem.hyper.items()}
-    weights = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
-    for _ in range(steps):
-        value = problem.mean("inner", weights, hyper_leaves)
-        slopes = torch.autograd.grad(value, list(weights.values()), create_graph=True)
-        weights = {
-            name: w - step_size * slope
-            for (name, w), slope in zip(weights.items(), slopes, strict=True)
-        }
-    value = problem.mean("outer", weights, hyper_leaves)
-    parts = torch.autograd.grad(value, list(hyper_leaves.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(leaf) if part is None else part
-        for (name, leaf), part in zip(hyper_leaves.items(), parts, strict=True)
-    }
-    return gradient if problem.hyper_named else gradient[""]
+    problem = Bilevel(inner, outer, params, hyper, inner_data=inner_data, outer_data=outer_data)
+    return estimate_hypergradient(problem, UnrolledDescent(steps, step_size)).value
 
 
 def _mapping(tensors: Tensors) -> dict[str, Tensor]:
