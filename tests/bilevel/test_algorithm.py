@@ -14,9 +14,11 @@ from woodbury import CG, Neumann
 from woodbury.bilevel import (
     AlternatingIFT,
     AlternatingNystrom,
+    AmIGO,
     Bilevel,
     BilevelAlgorithm,
     FiniteDifference,
+    StocBiO,
     UnrolledDescent,
     hypergradient,
 )
@@ -70,6 +72,12 @@ ALGORITHMS: dict[str, Make] = {
         p, CG(), inner=SGD, outer=ADAM, inner_steps=5, restart=True, **SIZES
     ),
     "unrolled": lambda p: AlternatingIFT(p, UnrolledDescent(4, 0.1), inner=0.1, outer=0.1, **SIZES),
+    "stocBiO": lambda p: StocBiO(
+        p, inner=SGD, outer=ADAM, step=0.1, terms=3, inner_steps=3, **SIZES
+    ),
+    "AmIGO": lambda p: AmIGO(
+        p, inner=SGD, outer=ADAM, adjoint_step=0.1, adjoint_steps=3, inner_steps=3, **SIZES
+    ),
     "Nystrom": lambda p: AlternatingNystrom(
         p, rank=2, damping=0.5, inner=0.1, outer=SGD, inner_steps=2, **SIZES
     ),

@@ -10,6 +10,7 @@
 
 from woodbury.bilevel.algorithm import BilevelAlgorithm, StepReport
 from woodbury.bilevel.alternating import AlternatingIFT, AlternatingNystrom
+from woodbury.bilevel.amigo import AmIGO
 from woodbury.bilevel.check import (
     HypergradientCheck,
     check_hypergradient,
@@ -23,11 +24,13 @@ from woodbury.bilevel.lv_hba import LVHBA, LVHBAStep
 from woodbury.bilevel.oracles import Gradients, Joint, OracleCounts
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.sampling import Sampler
+from woodbury.bilevel.stocbio import StocBiO
 
 __all__ = [
     "LVHBA",
     "AlternatingIFT",
     "AlternatingNystrom",
+    "AmIGO",
     "Bilevel",
     "BilevelAlgorithm",
     "FiniteDifference",
@@ -41,6 +44,7 @@ __all__ = [
     "OracleCounts",
     "Sampler",
     "StepReport",
+    "StocBiO",
     "UnrolledDescent",
     "check_hypergradient",
     "estimate_hypergradient",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from woodbury.bilevel.parts import Tensors
 from woodbury.bilevel.problem import Bilevel, Level
 from woodbury.bilevel.sampling import BatchSize
 from woodbury.curvature.batches import Batch
-from woodbury.errors import ArgumentError, GradientError
+from woodbury.errors import ArgumentError, GradientError, NonFiniteError
 from woodbury.solvers.solution import SolveStatus
 
 __all__ = ["BilevelAlgorithm", "OptimizerLike", "StepReport"]
@@ -66,6 +67,7 @@ class BilevelAlgorithm:
     - ``move_params(g)``, ``move_hyper(g)``: one step of an optimizer along a flat ``[p]`` or
       ``[h]`` gradient (or one by name),
     - ``descend(steps)``: that many inner steps on fresh batches,
+    - ``finish(direction, outer_value, inner_gradient)``: ``move_hyper`` with a report,
     - the oracles of ``self.problem``,
 
     and returns the :class:`StepReport` without ``step`` and ``products``, which are filled in. It
@@ -130,10 +132,12 @@ class BilevelAlgorithm:
         project: Callable[[Any], object] | None = None,
         seed: int = 0,
     ) -> None:
-        _require_apart(problem)
+        require_apart(problem.params, problem.hyper)
         self.problem = problem
-        self.outer_optimizer = _optimizer(outer, problem.hyper, "outer")
-        self.inner_optimizer = None if inner is None else _optimizer(inner, problem.params, "inner")
+        self.outer_optimizer = as_optimizer(outer, problem.hyper, "outer")
+        self.inner_optimizer = (
+            None if inner is None else as_optimizer(inner, problem.params, "inner")
+        )
         sizes: dict[Level, BatchSize] = {"inner": inner_batch_size, "outer": outer_batch_size}
         self.samplers = {
             level: problem.sampler(level, size, torch.Generator().manual_seed(seed + place))
@@ -241,19 +245,39 @@ class BilevelAlgorithm:
             self.move_params(gradient)
         return norm
 
+    def finish(
+        self, direction: Tensor, outer_value: float | None, inner_gradient: Tensor | None
+    ) -> StepReport:
+        """Move the hyperparameters along a flat ``[h]`` direction, and report.
+
+        Raises:
+            NonFiniteError: the direction holds NaN or infinity; nothing is moved then.
+        """
+        norm = self.problem.hyper_space.norm(direction).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the direction of the hyperparameters has norm {norm} at step {self.steps + 1}: a "
+                "step of the method is too long for the curvature; lower it"
+            )
+        self.move_hyper(direction)
+        stationarity = (
+            None if inner_gradient is None else self.problem.space.norm(inner_gradient).item()
+        )
+        return StepReport(0, norm, outer_value, stationarity)
+
     def move_params(self, gradient: Tensor | Mapping[str, Tensor]) -> None:
         """One step of the inner optimizer along a flat ``[p]`` gradient, or one by name."""
         if self.inner_optimizer is None:
             raise ArgumentError(f"{type(self).__name__} has no inner optimizer: give inner=...")
         if isinstance(gradient, Tensor):
             gradient = self.problem.space.unflatten(gradient)
-        _advance(self.inner_optimizer, self.problem.params, gradient)
+        advance(self.inner_optimizer, self.problem.params, gradient)
 
     def move_hyper(self, gradient: Tensor | Mapping[str, Tensor]) -> None:
         """One step of the outer optimizer along a flat ``[h]`` gradient, or one by name."""
         if isinstance(gradient, Tensor):
             gradient = self.problem.hyper_space.unflatten(gradient)
-        _advance(self.outer_optimizer, self.problem.hyper, gradient)
+        advance(self.outer_optimizer, self.problem.hyper, gradient)
         self.project_hyper()
 
     def project_hyper(self) -> None:
@@ -269,10 +293,17 @@ def by_name(hyper: Tensors) -> dict[str, Tensor]:
     return {"": hyper} if isinstance(hyper, Tensor) else dict(hyper)
 
 
-def _require_apart(problem: Bilevel) -> None:
+def require_count(count: int, what: str, *, least: int = 0) -> int:
+    """``count``, seen to be an integer of at least ``least``."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ArgumentError(f"{what} is {count!r}; it must be an integer >= {least}")
+    return count
+
+
+def require_apart(params: Mapping[str, Tensor], hyper: Mapping[str, Tensor]) -> None:
     """Raise unless all tensors can be changed in place, each by itself."""
     seen: dict[int, str] = {}
-    for which, tensors in (("params", problem.params), ("hyper", problem.hyper)):
+    for which, tensors in (("params", params), ("hyper", hyper)):
         for name, tensor in tensors.items():
             if not tensor.is_leaf:
                 raise GradientError(
@@ -287,7 +318,7 @@ def _require_apart(problem: Bilevel) -> None:
             seen[tensor.data_ptr()] = f"{which}[{name!r}]"
 
 
-def _optimizer(given: OptimizerLike, tensors: Mapping[str, Tensor], what: str) -> Optimizer:
+def as_optimizer(given: OptimizerLike, tensors: Mapping[str, Tensor], what: str) -> Optimizer:
     mine = list(tensors.values())
     if isinstance(given, bool) or not (
         isinstance(given, int | float | Optimizer) or callable(given)
@@ -314,7 +345,7 @@ def _optimizer(given: OptimizerLike, tensors: Mapping[str, Tensor], what: str) -
     return made
 
 
-def _advance(
+def advance(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
 ) -> None:
     """One step along ``gradient``; ``.grad`` is afterwards what it was."""

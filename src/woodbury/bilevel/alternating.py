@@ -7,12 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from woodbury.bilevel.algorithm import BilevelAlgorithm, OptimizerLike, StepReport, by_name
+from woodbury.bilevel.algorithm import (
+    BilevelAlgorithm,
+    OptimizerLike,
+    StepReport,
+    by_name,
+    require_count,
+)
 from woodbury.bilevel.estimate import estimate_hypergradient
 from woodbury.bilevel.estimators import Estimator, HypergradientState, as_mode
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.sampling import BatchSize
-from woodbury.errors import ArgumentError
 from woodbury.implicit.modes import Implicit
 from woodbury.solvers import Neumann, Nystrom
 
@@ -100,13 +105,11 @@ class AlternatingIFT(BilevelAlgorithm):
             project=project,
             seed=seed,
         )
-        if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
-            raise ArgumentError(f"inner_steps is {inner_steps!r}; it must be an integer >= 0")
         if estimator is None:
             estimator = Implicit(Neumann(terms=20), on_failure="warn")
         as_mode(estimator)  # refuses what is none
         self.estimator: Estimator = estimator
-        self.inner_steps = inner_steps
+        self.inner_steps = require_count(inner_steps, "inner_steps")
         self.state = HypergradientState() if state is None else state
         self._origin = problem.params_vector() if restart else None
 
