@@ -9,28 +9,39 @@ Where to find what:
 - One matrix a file: ``jacobian``, ``hessian``, ``gauss_newton``, ``fisher``; ``matrix`` is what
   they share. ``gradient_window`` (with ``window_recursion`` and ``gradient_buffer``) is a matrix
   of gradients, which ``gradient_rows`` collects from an objective.
+- Layer by layer: ``capture`` gives gradients per example as inputs and output gradients of the
+  ``layers``, ``backprop`` says of what, ``single`` takes those of parameters without known form one
+  by one, ``probes`` checks that a loss belongs to its example.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
 """
 
+from woodbury.curvature.capture import FactoredBatch, FactoredGradients
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
 from woodbury.curvature.gradient_buffer import GradientBuffer
 from woodbury.curvature.gradient_window import GradientWindow, WindowInverse
 from woodbury.curvature.hessian import Hessian
 from woodbury.curvature.jacobian import Jacobian
+from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.window_recursion import WindowRecursion
 
 __all__ = [
+    "FactoredBatch",
+    "FactoredGradients",
     "Fisher",
     "GaussNewton",
     "GradientBuffer",
     "GradientWindow",
     "Hessian",
     "Jacobian",
+    "MatrixBlock",
+    "MatrixGradients",
     "Objective",
+    "VectorBlock",
+    "VectorGradients",
     "WindowInverse",
     "WindowRecursion",
 ]

@@ -8,6 +8,7 @@ Gauss-Newton and exact Fisher are one matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ class Likelihood(Criterion):
 
     def covariance(self, output: Tensor) -> Product:
         """The map ``U -> Cov U`` (a new tensor) for ``U`` of shape ``[k, *output.shape]``."""
+        raise NotImplementedError
+
+    def root_columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
+        """Tensors ``[*output.shape]``: ``c`` in all, with ``sum_c s_c s_c^T`` the Hessian.
+
+        Each belongs to one element of every example, so that no two elements mix.
+        """
+        root = (self.mass(output, target) * self._variance(output)).sqrt().expand_as(output)
+        for k in range(output[0].numel()):
+            column = torch.zeros_like(output)
+            column.view(len(output), -1)[:, k] = root.reshape(len(output), -1)[:, k]
+            yield column
+
+    def _variance(self, output: Tensor) -> Tensor:
+        """The variance of independent targets."""
         raise NotImplementedError
 
     def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,6 +124,21 @@ class Categorical(Likelihood):
             .movedim(-1, axis)
         )
 
+    def root_columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
+        """``sqrt(a_e p_c) (onehot(c) - p)`` in one element ``e`` after the other."""
+        axis = self._axis(output)
+        p = output.detach().softmax(axis).movedim(axis, -1)
+        mass = self.mass(output, target).expand_as(output).movedim(axis, -1)
+        root = (mass * p).sqrt().reshape(len(p), -1, p.shape[-1])
+        flat = p.reshape(root.shape)
+        for element in range(root.shape[1]):
+            for c in range(root.shape[2]):
+                column = torch.zeros_like(flat)
+                column[:, element] = -flat[:, element]
+                column[:, element, c] += 1
+                column[:, element] *= root[:, element, c, None]
+                yield column.view(p.shape).movedim(-1, axis)
+
     def _axis(self, output: Tensor) -> int:
         if output.dim() < 2:
             raise ShapeError(
@@ -169,6 +200,9 @@ class Gaussian(Likelihood):
         """The identity."""
         return torch.clone
 
+    def _variance(self, output: Tensor) -> Tensor:
+        return torch.ones_like(output)
+
     def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """A standard normal tensor."""
         return torch.randn(
@@ -198,9 +232,12 @@ class Bernoulli(Likelihood):
 
     def covariance(self, output: Tensor) -> Product:
         """``p (1 - p)`` in every element."""
-        p = output.detach().sigmoid()
-        variance = p * (1 - p)
+        variance = self._variance(output)
         return lambda U: variance * U
+
+    def _variance(self, output: Tensor) -> Tensor:
+        p = output.detach().sigmoid()
+        return p * (1 - p)
 
     def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """``p - y`` with ``y ~ Bernoulli(p)``."""

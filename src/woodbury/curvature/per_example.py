@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,42 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.losses import per_example
-from woodbury.curvature.problem import Problem
+from woodbury.curvature.problem import Params, Problem
 from woodbury.errors import ArgumentError
+from woodbury.spaces import Space
 
-__all__ = ["each_row", "per_example_gradients"]
+__all__ = ["ExampleGradients", "Examples", "each_row", "per_example_gradients"]
 
 _CHUNK_BYTES = 64 * 2**20
+
+
+class Examples(Protocol):
+    """Losses per example as a function of parameters: what gradients are taken of."""
+
+    @property
+    def space(self) -> Space:
+        """Of the parameters."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+
+    @property
+    def replayed(self) -> bool:
+        """Whether examples depend on their batch."""
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The parameters as leaves of a new graph."""
+
+    def params_vector(self) -> Tensor:
+        """The parameters as one flat vector ``[n]``."""
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """Losses ``[B]`` of a batch."""
 
 
 def per_example_gradients(problem: Problem, rows: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -42,7 +72,7 @@ def _chunks(problem: Problem, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
 class ExampleGradients:
     """Gradients of some examples of a batch: vectorised as long as the model allows it."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Examples) -> None:
         self.problem = problem
         self.vectorized = not problem.replayed
 
@@ -56,7 +86,7 @@ class ExampleGradients:
         return _one_by_one(self.problem, batch, part)
 
 
-def _one_by_one(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
+def _one_by_one(problem: Examples, batch: Batch, part: slice | Tensor) -> Tensor:
     leaves = problem.leaves()
     with torch.enable_grad():
         losses = per_example(problem.losses(leaves, batch), "gradients per example")[part]
@@ -72,7 +102,7 @@ def _one_by_one(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
     return result
 
 
-def _vectorized(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
+def _vectorized(problem: Examples, batch: Batch, part: slice | Tensor) -> Tensor:
     def loss(flat: Tensor, single: Batch) -> Tensor:
         losses = problem.losses(problem.space.unflatten(flat), single)
         return per_example(losses, "gradients per example").sum()
@@ -81,7 +111,7 @@ def _vectorized(problem: Problem, batch: Batch, part: slice | Tensor) -> Tensor:
 
 
 def each_row(
-    problem: Problem,
+    problem: Examples,
     batch: Batch,
     part: slice | Tensor,
     function: Callable[..., Any],

@@ -1,0 +1,101 @@
+"""What is backpropagated for every example: its loss, a sampled score, or a column of a root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from woodbury.curvature.batches import Batch
+from woodbury.curvature.likelihoods import Likelihood
+from woodbury.curvature.losses import per_example
+from woodbury.curvature.problem import Params, Problem
+from woodbury.errors import ArgumentError, NonFiniteError, StructureError
+
+__all__ = ["Backprop", "make_seed"]
+
+
+def make_seed(generator: torch.Generator | None) -> int:
+    """A seed that leaves room for the number of a batch."""
+    device = None if generator is None else generator.device
+    return int(torch.randint(2**31, (), generator=generator, device=device)) << 20
+
+
+class Backprop:
+    r"""Scalars per example whose gradients $s$ make a matrix $\sum s s^T$.
+
+    Args:
+        problem: gives losses and outputs.
+        kind: ``"empirical"``: the loss. ``"sampled"``: the score at a drawn label, times the root
+            of the weight of its element. ``"exact"``: one after the other the columns of a root of
+            the curvature in the outputs.
+        samples: labels drawn for each example.
+        seed: of the labels.
+
+    Raises:
+        ArgumentError: ``kind`` or ``samples`` is not valid.
+        StructureError: the criterion is no likelihood (sampled, exact).
+    """
+
+    def __init__(self, problem: Problem, kind: str, samples: int = 1, seed: int = 0) -> None:
+        if kind not in ("exact", "sampled", "empirical"):
+            raise ArgumentError(f"kind is {kind!r}; use 'exact', 'sampled' or 'empirical'")
+        if samples < 1:
+            raise ArgumentError(f"samples is {samples}; at least one label is drawn per example")
+        if kind != "empirical" and not isinstance(problem.criterion, Likelihood):
+            raise StructureError(
+                f"the {kind} Fisher matrix needs a likelihood: cross_entropy, mse or "
+                "BCEWithLogitsLoss; kind='empirical' works with any criterion"
+            )
+        self.problem, self.kind, self.samples, self.seed = problem, kind, samples, seed
+
+    def evaluate(self, params: Params, batch: Batch) -> Tensor:
+        """What is differentiated: losses ``[B]`` or outputs ``[B, ...]``."""
+        if self.kind == "empirical":
+            return per_example(self.problem.losses(params, batch), "gradients per example")
+        return self.problem.outputs(params, batch)
+
+    def root(self, params: Params, batch: Batch) -> Tensor:
+        """The same, seen to be finite."""
+        result = self.evaluate(params, batch)
+        what = "losses" if self.kind == "empirical" else "outputs"
+        bad = ~torch.isfinite(result.detach()).reshape(len(result), -1).all(1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise NonFiniteError(
+                f"the {what} of batch {batch.index} ({batch.size} examples) hold NaN or infinity, "
+                f"first in its example {row} (row {int(batch.places()[row])} of the data); check "
+                "that example and the parameters"
+            )
+        return result
+
+    def cotangents(self, root: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """What the root is multiplied by, one after the other."""
+        plain = root.detach()
+        if self.kind == "empirical":
+            yield torch.ones_like(plain)
+            return
+        likelihood = self.problem.criterion
+        assert isinstance(likelihood, Likelihood)  # seen in the constructor
+        target = self.problem.target(batch)
+        if self.kind == "exact":
+            yield from likelihood.root_columns(plain, target)
+            return
+        generator = torch.Generator(plain.device).manual_seed(self.seed + batch.index)
+        scale = (likelihood.mass(plain, target) / self.samples).sqrt()
+        for _ in range(self.samples):
+            yield likelihood.score(plain, generator) * scale
+
+    def columns(self, root: Tensor) -> int:
+        """How many cotangents there are."""
+        if self.kind == "exact":
+            return root[0].numel()
+        return self.samples if self.kind == "sampled" else 1
+
+    def probe(self, root: Tensor) -> Tensor:
+        """A random cotangent, to see which outputs of a layer belong to which example."""
+        if self.kind == "empirical":
+            return torch.ones_like(root)
+        generator = torch.Generator(root.device).manual_seed(0)
+        return torch.randn(root.shape, dtype=root.dtype, device=root.device, generator=generator)
