@@ -12,7 +12,7 @@ from torch import Tensor
 from woodbury.bilevel import LVHBA
 from woodbury.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 
-torch_double = {"dtype": torch.float64}
+DOUBLE = {"dtype": torch.float64}
 
 
 class Quadratic:
@@ -22,16 +22,16 @@ class Quadratic:
         gen = torch.Generator().manual_seed(3)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=gen, **torch_double)
+            return torch.randn(*shape, generator=gen, **DOUBLE)
 
         self.B, root, self.Gx, self.Gy = randn(m, n), randn(m, m), randn(p, n), randn(p, m)
         self.Q, self.h = root @ root.T / m, 0.2 * randn(p)
         self.x, self.y, self.z = randn(n), randn(m), randn(p).abs()
 
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+    def inner(self, y: Tensor, x: Tensor) -> Tensor:
         return 0.5 * (y - self.B @ x).square().sum() + 0.5 * y @ self.Q @ y
 
-    def constraint(self, x: Tensor, y: Tensor) -> Tensor:
+    def constraint(self, y: Tensor, x: Tensor) -> Tensor:
         return self.Gx @ x + self.Gy @ y - self.h
 
     def saddle(
@@ -39,19 +39,19 @@ class Quadratic:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value and saddle point by Newton on theta; the maximum over lambda in closed form."""
         theta = y.clone()
-        eye = torch.eye(y.numel(), **torch_double)
+        eye = torch.eye(y.numel(), **DOUBLE)
         for _ in range(200):
-            lam = (z + gamma[1] * self.constraint(x, theta)).clamp_min(0)
+            lam = (z + gamma[1] * self.constraint(theta, x)).clamp_min(0)
             slope = theta - self.B @ x + self.Q @ theta + self.Gy.T @ lam + (theta - y) / gamma[0]
             active = self.Gy[lam > 0]
             curvature = eye * (1 + 1 / gamma[0]) + self.Q + gamma[1] * active.T @ active
             theta = theta - torch.linalg.solve(curvature, slope)
             if slope.norm() < 1e-13:
                 break
-        lam = (z + gamma[1] * self.constraint(x, theta)).clamp_min(0)
+        lam = (z + gamma[1] * self.constraint(theta, x)).clamp_min(0)
         value = (
-            self.inner(x, theta)
-            + lam @ self.constraint(x, theta)
+            self.inner(theta, x)
+            + lam @ self.constraint(theta, x)
             + (theta - y).square().sum() / (2 * gamma[0])
             - (lam - z).square().sum() / (2 * gamma[1])
         )
@@ -60,11 +60,11 @@ class Quadratic:
     def method(self, gamma: tuple[float, float], **options: Any) -> LVHBA:
         return LVHBA(
             self.inner,
-            lambda x, y: 0 * x.sum(),
+            lambda y, x: 0 * x.sum(),
             self.constraint,
-            self.x,
-            self.y,
-            project=lambda x, y: (x, y),
+            self.y.clone(),
+            self.x.clone(),
+            project=lambda y, x: (y, x),
             gamma=gamma,
             **options,
         )
@@ -99,8 +99,12 @@ def test_directions_are_the_gradients_of_the_value_function(gamma: tuple[float, 
         differences.append(slopes)
     of_x = -problem.B.T @ (problem.y - problem.B @ problem.x)
     of_y = problem.y - problem.B @ problem.x + problem.Q @ problem.y
-    torch.testing.assert_close(of_x - (problem.x - method.x), differences[0], rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(of_y - (problem.y - method.y), differences[1], rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        of_x - (problem.x - method.hyper[""]), differences[0], rtol=1e-7, atol=1e-8
+    )
+    torch.testing.assert_close(
+        of_y - (problem.y - method.params[""]), differences[1], rtol=1e-7, atol=1e-8
+    )
     moved = (problem.z + differences[2]).clamp_min(0)
     torch.testing.assert_close(method.z, moved, rtol=1e-7, atol=1e-8)
 
@@ -112,7 +116,7 @@ def test_gap_is_that_of_an_accurate_saddle_point() -> None:
     method.load_state_dict({**method.state_dict(), "z": problem.z})
     value, _, _ = problem.saddle(problem.x, problem.y, problem.z, gamma)
     before = method.state_dict()
-    expected = (problem.inner(problem.x, problem.y) - value).item()
+    expected = (problem.inner(problem.y, problem.x) - value).item()
     assert method.gap(tol=1e-11) == pytest.approx(expected, rel=1e-8)
     for name, tensor in before.items():
         assert torch.equal(torch.as_tensor(method.state_dict()[name]), torch.as_tensor(tensor))
@@ -124,20 +128,20 @@ class Toy:
     """The toy of the paper with its closed form: x = -0.3 e, y1 = 0.7 e, y2 = -0.4 e, F = n/20."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.e = n, torch.ones(n, **torch_double)
+        self.n, self.e = n, torch.ones(n, **DOUBLE)
 
-    def outer(self, x: Tensor, y: dict[str, Tensor]) -> Tensor:
+    def outer(self, y: dict[str, Tensor], x: Tensor) -> Tensor:
         return 0.5 * (x - y["y2"]).square().sum() + 0.5 * (y["y1"] - 1).square().sum()
 
-    def inner(self, x: Tensor, y: dict[str, Tensor]) -> Tensor:
+    def inner(self, y: dict[str, Tensor], x: Tensor) -> Tensor:
         return 0.5 * y["y1"].square().sum() - x @ y["y1"] + y["y2"].sum()
 
-    def constraint(self, x: Tensor, y: dict[str, Tensor]) -> Tensor:
+    def constraint(self, y: dict[str, Tensor], x: Tensor) -> Tensor:
         return (x.sum() + y["y1"].sum() + y["y2"].sum()).reshape(1)
 
-    def project(self, x: Tensor, y: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        shift = self.constraint(x, y) / (3 * self.n)
-        return x - shift, {name: part - shift for name, part in y.items()}
+    def project(self, y: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        shift = self.constraint(y, x) / (3 * self.n)
+        return {name: part - shift for name, part in y.items()}, x - shift
 
     def method(self, **options: Any) -> LVHBA:
         start = 10 * self.e
@@ -145,8 +149,8 @@ class Toy:
             self.inner,
             self.outer,
             self.constraint,
+            {"y1": start.clone(), "y2": start.clone()},
             start,
-            {"y1": start, "y2": start},
             project=self.project,
             equality=True,
             multiplier=1.0,
@@ -166,11 +170,11 @@ def test_toy_reaches_its_closed_form() -> None:
         if k in (20, 200, 1999):
             gaps[k] = abs(method.gap(tol=1e-7))
         seen = method.step()
-    error = (method.x - s).norm() / (s * toy.e).norm()
+    error = (method.hyper[""] - s).norm() / (s * toy.e).norm()
     assert error < 0.02  # what the issue asks for; the penalty leaves a bias O(1 / c_k)
-    assert isinstance(method.y, dict)
-    assert (method.y["y1"] - 0.7).abs().max() < 0.05
-    assert (method.y["y2"] + 0.4).abs().max() < 0.05
+    assert set(method.params) == {"y1", "y2"}
+    assert (method.params["y1"] - 0.7).abs().max() < 0.05
+    assert (method.params["y2"] + 0.4).abs().max() < 0.05
     assert seen.outer_value == pytest.approx(5.0, rel=0.05)
     assert seen.violation < 1e-10
     assert method.multiplier.item() == pytest.approx(-1, rel=2e-3)  # from 1 + lambda = 0
@@ -185,8 +189,7 @@ def test_bias_falls_with_the_penalty() -> None:
         method = toy.method(penalty=(c, 0.0), step=0.1, inner_step=0.1, multiplier_step=0.2)
         for _ in range(1000 if c < 20 else 3000):
             method.step()
-        assert isinstance(method.x, Tensor)
-        errors.append((method.x + 0.3).norm().item())
+        errors.append((method.hyper[""] + 0.3).norm().item())
     ratios = [errors[0] / errors[1], errors[1] / errors[2]]
     assert 3.5 < ratios[0] < ratios[1] < 4.01, errors  # O(1 / c)
 
@@ -194,24 +197,22 @@ def test_bias_falls_with_the_penalty() -> None:
 def test_inequality_that_acts_at_the_solution() -> None:
     # Inner: y = min(2x, 1) by the constraint y <= 1 - 0 x; outer pulls y to 2 and x to 1.
     # For x > 1/2 y = 1, so x = 1, y = 1; for x <= 1/2, F >= (2x - 2)^2/2 + (x - 1)^2/2 >= 5/8.
-    zero = torch.zeros(1, **torch_double)
+    zero = torch.zeros(1, **DOUBLE)
     method = LVHBA(
-        lambda x, y: 0.5 * (y - 2 * x).square().sum(),
-        lambda x, y: 0.5 * (y - 2).square().sum() + 0.5 * (x - 1).square().sum(),
-        lambda x, y: y - 1,
+        lambda y, x: 0.5 * (y - 2 * x).square().sum(),
+        lambda y, x: 0.5 * (y - 2).square().sum() + 0.5 * (x - 1).square().sum(),
+        lambda y, x: y - 1,
         zero,
-        zero,
-        project=lambda x, y: (x, y.clamp_max(1)),
+        zero.clone(),
+        project=lambda y, x: (y.clamp_max(1), x),
         step=0.2,
         inner_step=0.2,
         multiplier_step=0.5,
     )
     for _ in range(3000):
         seen = method.step()
-    assert isinstance(method.x, Tensor)
-    assert method.x.item() == pytest.approx(1, abs=0.02)
-    assert isinstance(method.y, Tensor)
-    assert method.y.item() == pytest.approx(1, abs=0.02)
+    assert method.hyper[""].item() == pytest.approx(1, abs=0.02)
+    assert method.params[""].item() == pytest.approx(1, abs=0.02)
     assert method.multiplier.item() == pytest.approx(1, abs=0.05)  # y - 2x + lambda = 0
     assert seen.violation == 0
     assert (method.multiplier >= 0).all()
@@ -248,12 +249,12 @@ def test_resumes_exactly() -> None:
 def test_float32_stays_float32() -> None:
     zero = torch.zeros(2)
     method = LVHBA(
-        lambda x, y: (y - x).square().sum(),
-        lambda x, y: y.sum(),
-        lambda x, y: y - 1,
+        lambda y, x: (y - x).square().sum(),
+        lambda y, x: y.sum(),
+        lambda y, x: y - 1,
         zero,
-        zero,
-        project=lambda x, y: (x, y.clamp_max(1)),
+        zero.clone(),
+        project=lambda y, x: (y.clamp_max(1), x),
     )
     method.step()
     assert all(
@@ -280,34 +281,36 @@ def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> N
 
 
 def test_refuses_wrong_shapes_and_values() -> None:
-    one = torch.ones(2, **torch_double)
+    one = torch.ones(2, **DOUBLE)
 
     def build(**parts: Any) -> LVHBA:
         given: dict[str, Any] = {
-            "inner": lambda x, y: (x * y).sum(),
-            "outer": lambda x, y: y.sum(),
-            "constraint": lambda x, y: y,
-            "x": one,
-            "y": one,
-            "project": lambda x, y: (x, y),
+            "inner": lambda y, x: (x * y).sum(),
+            "outer": lambda y, x: y.sum(),
+            "constraint": lambda y, x: y,
+            "params": one.clone(),
+            "hyper": one.clone(),
+            "project": lambda y, x: (y, x),
         }
         return LVHBA(**{**given, **parts})
 
     with pytest.raises(ShapeError, match="the inner loss returned \\(2,\\)"):
-        build(inner=lambda x, y: x * y).step()
+        build(inner=lambda y, x: x * y).step()
     with pytest.raises(ShapeError, match="the constraint returned \\(\\)"):
-        build(constraint=lambda x, y: y.sum())
+        build(constraint=lambda y, x: y.sum())
     with pytest.raises(ShapeError, match="project must return the pair"):
-        build(project=lambda x, y: x)
+        build(project=lambda y, x: y)
     with pytest.raises(ShapeError, match="expected \\(2,\\)"):
-        build(project=lambda x, y: (x[:1], y))
+        build(project=lambda y, x: (y[:1], x))
     with pytest.raises(ShapeError, match="does not broadcast to the 2 constraints"):
-        build(multiplier=torch.ones(3, **torch_double))
-    with pytest.raises(DtypeError, match="x is torch.float64 and y is torch.float32"):
-        build(y=one.float())
-    method = build(outer=lambda x, y: (y - 1).sqrt().sum())  # an infinite slope at y = 1
+        build(multiplier=torch.ones(3, **DOUBLE))
+    with pytest.raises(DtypeError, match="params are torch.float64 and hyper torch.float32"):
+        build(hyper=one.float())
+    method = build(outer=lambda y, x: (y - 1).sqrt().sum())  # an infinite slope at y = 1
     before = method.state_dict()
-    with pytest.raises(NonFiniteError, match="direction of y is NaN or infinite after 0 steps"):
+    with pytest.raises(
+        NonFiniteError, match="direction of params is NaN or infinite after 0 steps"
+    ):
         method.step()
     assert all(
         torch.equal(torch.as_tensor(before[name]), torch.as_tensor(value))
@@ -316,4 +319,4 @@ def test_refuses_wrong_shapes_and_values() -> None:
     with pytest.raises(ArgumentError, match="lacks \\['z'\\]"):
         method.load_state_dict({k: v for k, v in before.items() if k != "z"})
     with pytest.raises(ShapeError, match="'z' of the state has shape \\(3,\\)"):
-        method.load_state_dict({**before, "z": torch.ones(3, **torch_double)})
+        method.load_state_dict({**before, "z": torch.ones(3, **DOUBLE)})

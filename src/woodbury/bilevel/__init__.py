@@ -5,12 +5,16 @@
 - :func:`hypergradient`: by the implicit function theorem, with any recipe and a certificate.
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
+- :class:`BSVRBv1`, :class:`BSVRBv2`: for many inner problems, few of them sampled at a time.
 - :class:`LVHBA`: for an inner problem with constraints that couple both levels.
 """
 
 from woodbury.bilevel.algorithm import BilevelAlgorithm, StepReport
 from woodbury.bilevel.alternating import AlternatingIFT, AlternatingNystrom
 from woodbury.bilevel.amigo import AmIGO
+from woodbury.bilevel.blockwise import BlockwiseStep
+from woodbury.bilevel.bsvrb_v1 import BSVRBv1
+from woodbury.bilevel.bsvrb_v2 import BSVRBv2
 from woodbury.bilevel.check import (
     HypergradientCheck,
     check_hypergradient,
@@ -31,8 +35,11 @@ __all__ = [
     "AlternatingIFT",
     "AlternatingNystrom",
     "AmIGO",
+    "BSVRBv1",
+    "BSVRBv2",
     "Bilevel",
     "BilevelAlgorithm",
+    "BlockwiseStep",
     "FiniteDifference",
     "Gradients",
     "Hypergradient",

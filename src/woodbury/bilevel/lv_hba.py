@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.hypergradient import Tensors, _named
+from woodbury.bilevel.algorithm import require_apart
+from woodbury.bilevel.parts import Tensors, named, or_zeros, write
 from woodbury.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 from woodbury.spaces import Space
 
@@ -32,10 +33,10 @@ class LVHBAStep:
         >>> import torch
         >>> from woodbury.bilevel import LVHBA
         >>> method = LVHBA(
-        ...     inner=lambda x, y: 0.5 * (y - x).square().sum(),
-        ...     outer=lambda x, y: 0.5 * y.square().sum(),
-        ...     constraint=lambda x, y: y - 1,
-        ...     x=torch.zeros(1), y=torch.full((1,), 3.0), project=lambda x, y: (x, y),
+        ...     inner=lambda y, x: 0.5 * (y - x).square().sum(),
+        ...     outer=lambda y, x: 0.5 * y.square().sum(),
+        ...     constraint=lambda y, x: y - 1,
+        ...     params=torch.full((1,), 3.0), hyper=torch.zeros(1), project=lambda y, x: (y, x),
         ... )
         >>> first = method.step()
         >>> first.outer_value, first.violation
@@ -54,9 +55,10 @@ class LVHBA:
     $$\min_{x, y} F(x, y) \quad\text{s.t.}\quad
       y \in \arg\min_{y \in Y} \{f(x, y) : g(x, y) \le 0\}$$
 
-    with $F$ ``outer``, $f$ ``inner``, convex in $y$ (its solution need not be unique), and $g$
-    ``constraint``. The inner problem is replaced by $f(x, y) - v(x, y, z) \le 0$ and
-    $(x, y) \in C = \{g \le 0\}$ with the value of a proximal Lagrangian,
+    with $x$ ``hyper``, $y$ ``params``, $F$ ``outer``, $f$ ``inner``, convex in $y$ (its solution
+    need not be unique), and $g$ ``constraint``. The inner problem is replaced by
+    $f(x, y) - v(x, y, z) \le 0$ and $(x, y) \in C = \{g \le 0\}$, with the value of a proximal
+    Lagrangian,
 
     $$v(x, y, z) = \min_{\theta \in Y} \max_{\lambda \ge 0}\; f(x, \theta) + \lambda^T g(x, \theta)
       + \frac{\|\theta - y\|^2}{2\gamma_1} - \frac{\|\lambda - z\|^2}{2\gamma_2},$$
@@ -77,15 +79,15 @@ class LVHBA:
     projected gradients in the Euclidean metric, so no other optimizer can take their place.
 
     Args:
-        inner: $f(x, y)$, a scalar.
-        outer: $F(x, y)$, a scalar.
-        constraint: $g(x, y)$, a vector ``[p]``.
-        x: where the outer variable starts, a tensor or a mapping of tensors.
-        y: where the inner variable starts, likewise, of the same dtype and device.
-        project: ``project(x, y) -> (x, y)``, the Euclidean projection onto $C$ (and onto the
-            domains of $x$ and $y$), in the structure of ``x`` and ``y``.
-        project_inner: ``project_inner(y) -> y``, the projection onto $Y$. It must not know of the
-            coupled constraints: the multipliers would lose their meaning.
+        inner: ``inner(params, hyper)``, $f$, a scalar.
+        outer: ``outer(params, hyper)``, $F$, a scalar.
+        constraint: ``constraint(params, hyper)``, $g$, a vector ``[p]``.
+        params: $y$ where it starts, a tensor or a mapping of tensors; changed in place.
+        hyper: $x$ where it starts, likewise, of the same dtype and device; changed in place.
+        project: ``project(params, hyper) -> (params, hyper)``, the Euclidean projection onto $C$
+            (and onto the domains of both), in the structure in which they were given.
+        project_inner: ``project_inner(params) -> params``, the projection onto $Y$. It must not
+            know of the coupled constraints: the multipliers would lose their meaning.
         equality: whether the constraints are equations, for all or as a mask ``[p]``.
         step: $\alpha$.
         multiplier_step: $\beta$.
@@ -96,16 +98,16 @@ class LVHBA:
         multiplier: where $\lambda$ and $z$ start, a number or ``[p]``.
 
     Attributes:
-        x: current outer variable, in the structure given.
-        y: current inner variable.
+        params: the tensors of $y$ by name (``""`` for a single tensor).
+        hyper: those of $x$.
         z: current $z$ ``[p]``.
-        theta: current $\theta$, in the structure of ``y``.
+        theta: current $\theta$, in the structure of ``params``.
         multiplier: current $\lambda$ ``[p]``.
         steps: number of steps done.
 
     Raises:
         ArgumentError: a setting makes no sense.
-        DtypeError: ``x`` and ``y`` differ in dtype.
+        DtypeError: ``params`` and ``hyper`` differ in dtype.
         ShapeError: the constraint is not a vector, a loss not a scalar, or a projection returns
             another shape.
         NonFiniteError: a loss, a gradient or a constraint became NaN or infinite; the state is that
@@ -123,18 +125,17 @@ class LVHBA:
 
         >>> import torch
         >>> from woodbury.bilevel import LVHBA
-        >>> def project(x, y):  # onto y >= 1
-        ...     return x, y.clamp(min=1)
-        >>> zero = torch.zeros(1).double()
+        >>> x, y = torch.zeros(1).double(), torch.zeros(1).double()
         >>> method = LVHBA(
-        ...     inner=lambda x, y: 0.5 * (y - x).square().sum(),
-        ...     outer=lambda x, y: 0.5 * (y - 3).square().sum() + 0.5 * (x - 1).square().sum(),
-        ...     constraint=lambda x, y: 1 - y,
-        ...     x=zero, y=zero + 1, project=project, step=0.2, inner_step=0.2, penalty=(5.0, 0.3),
+        ...     inner=lambda y, x: 0.5 * (y - x).square().sum(),
+        ...     outer=lambda y, x: 0.5 * (y - 3).square().sum() + 0.5 * (x - 1).square().sum(),
+        ...     constraint=lambda y, x: 1 - y,
+        ...     params=y, hyper=x, project=lambda y, x: (y.clamp(min=1), x),
+        ...     step=0.2, inner_step=0.2, penalty=(5.0, 0.3),
         ... )
         >>> for _ in range(1000):
         ...     last = method.step()
-        >>> [round(value.item(), 1) for value in (method.x, method.y)]  # the solution is 2, 2
+        >>> [round(part.item(), 1) for part in (x, y)]  # both are 2
         [2.0, 2.0]
     """
 
@@ -143,8 +144,8 @@ class LVHBA:
         inner: Callable[..., Tensor],
         outer: Callable[..., Tensor],
         constraint: Callable[..., Tensor],
-        x: Tensors,
-        y: Tensors,
+        params: Tensors,
+        hyper: Tensors,
         *,
         project: Callable[..., tuple[Tensors, Tensors]],
         project_inner: Callable[..., Tensors] | None = None,
@@ -173,15 +174,17 @@ class LVHBA:
             raise ArgumentError(f"penalty[1] is {penalty[1]}; it must be in [0, 1/2)")
         self._inner, self._outer, self._constraint = inner, outer, constraint
         self._project, self._project_inner = project, project_inner
-        named_x, self._x_named = _named(x, "x")
-        named_y, self._y_named = _named(y, "y")
-        self._x_space, self._y_space = Space.of(named_x), Space.of(named_y)
+        self.hyper, self._x_named = named(hyper, "hyper")
+        self.params, self._y_named = named(params, "params")
+        require_apart(self.params, self.hyper)
+        self._x_space, self._y_space = Space.of(self.hyper), Space.of(self.params)
         if self._x_space.dtype != self._y_space.dtype:
             raise DtypeError(
-                f"x is {self._x_space.dtype} and y is {self._y_space.dtype}; convert one"
+                f"params are {self._y_space.dtype} and hyper {self._x_space.dtype}; convert one"
             )
         self._x, self._y = self._joint(
-            self._x_space.flatten(named_x).clone(), self._y_space.flatten(named_y).clone()
+            self._x_space.flatten(self.hyper).detach().clone(),
+            self._y_space.flatten(self.params).detach().clone(),
         )
         self._theta = self._onto_inner(self._y.clone())
         values = self._values(self._x, self._y)
@@ -202,20 +205,11 @@ class LVHBA:
         self.multiplier = torch.maximum(start, self._low)
         self.z = self.multiplier.clamp(self._z_low, torch.full_like(self._z_low, bound))
         self.steps = 0
-
-    @property
-    def x(self) -> Tensors:
-        """The outer variable, a copy in the structure given."""
-        return _given(self._x_space, self._x.clone(), self._x_named)
-
-    @property
-    def y(self) -> Tensors:
-        """The inner variable, a copy in the structure given."""
-        return _given(self._y_space, self._y.clone(), self._y_named)
+        self._write()
 
     @property
     def theta(self) -> Tensors:
-        r"""$\theta$, a copy in the structure of ``y``."""
+        r"""$\theta$, a copy in the structure of ``params``."""
         return _given(self._y_space, self._theta.clone(), self._y_named)
 
     def step(self) -> LVHBAStep:
@@ -232,7 +226,7 @@ class LVHBA:
         of_x, of_y = _gradient(upper / c + lower, x, y)
         value, (v_x, v_y, v_z) = self._value(theta, lam)
         d_x, d_y, d_z = of_x - v_x, of_y - v_y, -v_z
-        for what, direction in (("x", d_x), ("y", d_y), ("z", d_z)):
+        for what, direction in (("hyper", d_x), ("params", d_y), ("z", d_z)):
             if not torch.isfinite(direction).all():
                 raise NonFiniteError(
                     f"the direction of {what} is NaN or infinite after {self.steps} steps: reduce "
@@ -251,6 +245,7 @@ class LVHBA:
         self.z = (self.z - beta * d_z).clamp(self._z_low, high)
         self._theta, self.multiplier = theta, lam
         self.steps += 1
+        self._write()
         return seen
 
     def gap(self, tol: float = 1e-8, max_steps: int = 100_000) -> float:
@@ -279,8 +274,8 @@ class LVHBA:
     def state_dict(self) -> dict[str, Any]:
         """All that changes from step to step: tensors and one number."""
         return {
-            "x": self._x.clone(),
-            "y": self._y.clone(),
+            "params": self._y.clone(),
+            "hyper": self._x.clone(),
             "z": self.z.clone(),
             "theta": self._theta.clone(),
             "multiplier": self.multiplier.clone(),
@@ -305,10 +300,16 @@ class LVHBA:
                     f"{tuple(tensor.shape)}"
                 )
         like = self._x
-        self._x, self._y, self.z, self._theta, self.multiplier = (
-            state[name].to(like, copy=True) for name in ("x", "y", "z", "theta", "multiplier")
+        self._y, self._x, self.z, self._theta, self.multiplier = (
+            state[name].to(like, copy=True)
+            for name in ("params", "hyper", "z", "theta", "multiplier")
         )
         self.steps = int(state["steps"])
+        self._write()
+
+    def _write(self) -> None:
+        write(self._x_space, self.hyper, self._x)
+        write(self._y_space, self.params, self._y)
 
     def _saddle_step(self, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         eta = self._steps_of[2]
@@ -345,13 +346,13 @@ class LVHBA:
         return values
 
     def _structured(self, x: Tensor, y: Tensor) -> tuple[Tensors, Tensors]:
-        return _given(self._x_space, x, self._x_named), _given(self._y_space, y, self._y_named)
+        return _given(self._y_space, y, self._y_named), _given(self._x_space, x, self._x_named)
 
     def _joint(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         found = self._project(*self._structured(x, y))
         if not isinstance(found, tuple) or len(found) != 2:
-            raise ShapeError("project must return the pair (x, y)")
-        return _flat(self._x_space, found[0]), _flat(self._y_space, found[1])
+            raise ShapeError("project must return the pair (params, hyper)")
+        return _flat(self._x_space, found[1]), _flat(self._y_space, found[0])
 
     def _onto_inner(self, y: Tensor) -> Tensor:
         if self._project_inner is None:
@@ -377,4 +378,4 @@ def _gradient(value: Tensor, *leaves: Tensor) -> list[Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     parts = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [torch.zeros_like(t) if p is None else p for t, p in zip(leaves, parts, strict=True)]
+    return [or_zeros(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
