@@ -6,8 +6,15 @@
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
 - :class:`BSVRBv1`, :class:`BSVRBv2`: for many inner problems, few of them sampled at a time.
+- :class:`TunedRidge`, :class:`TunedLogisticRegression`, :class:`TunedElasticNet`: estimators of
+  scikit-learn (from the extra ``app``) that tune one penalty per feature.
 - :class:`LVHBA`: for an inner problem with constraints that couple both levels.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from woodbury.bilevel.algorithm import BilevelAlgorithm, StepReport
 from woodbury.bilevel.alternating import AlternatingIFT, AlternatingNystrom
@@ -29,6 +36,9 @@ from woodbury.bilevel.oracles import Gradients, Joint, OracleCounts
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.sampling import Sampler
 from woodbury.bilevel.stocbio import StocBiO
+
+if TYPE_CHECKING:
+    from woodbury.bilevel.tuned import TunedElasticNet, TunedLogisticRegression, TunedRidge
 
 __all__ = [
     "LVHBA",
@@ -52,9 +62,29 @@ __all__ = [
     "Sampler",
     "StepReport",
     "StocBiO",
+    "TunedElasticNet",
+    "TunedLogisticRegression",
+    "TunedRidge",
     "UnrolledDescent",
     "check_hypergradient",
     "estimate_hypergradient",
     "hypergradient",
     "unrolled_hypergradient",
 ]
+
+_TUNED = ("TunedElasticNet", "TunedLogisticRegression", "TunedRidge")
+
+
+def __getattr__(name: str) -> Any:
+    # Estimators of scikit-learn are imported when they are used: the library does without it.
+    if name not in _TUNED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.tuned"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sklearn":
+            raise
+        raise ImportError(
+            f"{name} needs scikit-learn, not installed here. Install it with: "
+            'pip install "woodbury[app]"'
+        ) from error
