@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         SOR,
         SSOR,
         UTV,
+        Arnoldi,
         Auto,
         BiCGSTAB,
         BlockJacobi,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from woodbury.spaces import Space
 
 _HOME = {
+    "Arnoldi": "solvers",
     "Auto": "solvers",
     "BiCGSTAB": "solvers",
     "BlockDiagonal": "operators",
@@ -168,6 +170,7 @@ __all__ = [
     "SOR",
     "SSOR",
     "UTV",
+    "Arnoldi",
     "Auto",
     "BiCGSTAB",
     "BlockDiagonal",

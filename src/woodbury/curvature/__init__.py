@@ -8,7 +8,8 @@ Where to find what:
   per example with their curvature in the outputs, ``per_example`` takes gradients one by one.
 - One matrix a file: ``jacobian``, ``hessian``, ``gauss_newton``, ``fisher``; ``matrix`` is what
   they share. ``gradient_window`` (with ``window_recursion`` and ``gradient_buffer``) is a matrix
-  of gradients, which ``gradient_rows`` collects from an objective.
+  of gradients, which ``gradient_rows`` collects from an objective; ``diagonals`` takes diagonals
+  and diagonal blocks.
 - Layer by layer: ``capture`` gives gradients per example as inputs and output gradients of the
   ``layers``, ``backprop`` says of what, ``single`` takes those of parameters without known form one
   by one, ``probes`` checks that a loss belongs to its example.
@@ -18,6 +19,7 @@ Where to find what:
 """
 
 from woodbury.curvature.capture import FactoredBatch, FactoredGradients
+from woodbury.curvature.diagonals import block_curvature, diagonal_curvature
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
 from woodbury.curvature.gradient_buffer import GradientBuffer
@@ -44,4 +46,6 @@ __all__ = [
     "VectorGradients",
     "WindowInverse",
     "WindowRecursion",
+    "block_curvature",
+    "diagonal_curvature",
 ]

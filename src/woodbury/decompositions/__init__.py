@@ -1,5 +1,6 @@
 """Factorisations that solvers and spectra are both made of."""
 
+from woodbury.decompositions.arnoldi import KrylovFactor, arnoldi
 from woodbury.decompositions.cur import cur
 from woodbury.decompositions.lanczos import Lanczos, lanczos
 from woodbury.decompositions.lanczos_batch import LanczosBatch, lanczos_batch
@@ -21,6 +22,7 @@ from woodbury.decompositions.volume import RowSample, sample_rows
 __all__ = [
     "ExtremeEigenvalues",
     "Hadamard",
+    "KrylovFactor",
     "Lanczos",
     "LanczosBatch",
     "MetaFactor",
@@ -29,6 +31,7 @@ __all__ = [
     "RangeBasis",
     "RowSample",
     "TwoSided",
+    "arnoldi",
     "cur",
     "extreme_eigenvalues",
     "generalized_nystrom",

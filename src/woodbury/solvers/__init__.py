@@ -1,5 +1,6 @@
 """Recipes for ``A^-1 b`` and what they return."""
 
+from woodbury.solvers.arnoldi import Arnoldi
 from woodbury.solvers.auto import Auto, AutoState, Choice
 from woodbury.solvers.bicgstab import BiCGSTAB
 from woodbury.solvers.block_cg import BlockCG
@@ -64,6 +65,7 @@ __all__ = [
     "SOR",
     "SSOR",
     "UTV",
+    "Arnoldi",
     "Auto",
     "AutoState",
     "BiCGSTAB",
