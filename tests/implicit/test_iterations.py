@@ -22,6 +22,7 @@ from woodbury.implicit import (
     InnerSolver,
     IterationStatus,
     MirrorDescent,
+    NewtonCG,
     project_simplex,
     prox_l1,
     prox_ridge,
@@ -62,7 +63,12 @@ def cosines(x: Tensor, t: Tensor) -> Tensor:
     return 0.6 * torch.cos(x + x.roll(1, -1)) + t
 
 
-DESCENT = [GradientDescent(tol=1e-11), LBFGS(tol=1e-11), GradientDescent(tol=1e-11, step=0.1)]
+DESCENT = [
+    GradientDescent(tol=1e-11),
+    LBFGS(tol=1e-11),
+    NewtonCG(tol=1e-11),
+    GradientDescent(tol=1e-11, step=0.1),
+]
 
 
 @pytest.mark.parametrize("solver", DESCENT, ids=repr)
@@ -144,6 +150,7 @@ Case = tuple[InnerSolver, Callable[..., Any], tuple[Tensor, ...]]
 BATCHED: dict[str, Case] = {
     "gradient descent": (GradientDescent(tol=1e-10, batched=True), ridge, (random(3, 4),)),
     "lbfgs": (LBFGS(tol=1e-10, batched=True), ridge, (3 * random(3, 4),)),
+    "newton": (NewtonCG(tol=1e-10, batched=True), ridge, (3 * random(3, 4),)),
     "anderson": (Anderson(tol=1e-10, batched=True), cosines, (random(3, 4),)),
     "proximal": (
         AcceleratedProximalGradient(
@@ -185,7 +192,8 @@ def test_derivatives(name: str) -> None:
 def test_rows_that_are_solved_stay_where_they_are() -> None:
     decay = torch.zeros(2, 4, dtype=F64)
     start = torch.stack([ridge_solution(decay[0]), torch.full((4,), 50.0, dtype=F64)])
-    for solver in (GradientDescent(batched=True, tol=1e-9), LBFGS(batched=True, tol=1e-9)):
+    for kind in (GradientDescent, LBFGS, NewtonCG):
+        solver = kind(batched=True, tol=1e-9)
         found = solver.run(ridge, start, decay)
         assert found.ok
         assert torch.equal(found.value[0], start[0])
@@ -194,6 +202,7 @@ def test_rows_that_are_solved_stay_where_they_are() -> None:
 ALL: list[InnerSolver] = [
     GradientDescent(),
     LBFGS(),
+    NewtonCG(),
     AcceleratedProximalGradient(prox=lambda v, step: v),
 ]
 
@@ -252,7 +261,7 @@ def test_one_bad_row_does_not_spoil_the_batch() -> None:
 def test_float32_and_trees() -> None:
     f = lambda x: ((x["a"] - 1) ** 2).sum() + ((x["b"] + 2) ** 2).sum()  # noqa: E731
     start = {"a": torch.zeros(2, 2), "b": torch.zeros(())}
-    for solver in (GradientDescent(tol=1e-5), LBFGS(tol=1e-5)):
+    for solver in (GradientDescent(tol=1e-5), LBFGS(tol=1e-5), NewtonCG(tol=1e-5)):
         found = solver.run(f, start)
         assert found.value["a"].dtype == torch.float32
         torch.testing.assert_close(found.value["a"], torch.ones(2, 2), rtol=1e-4, atol=0)
@@ -265,6 +274,8 @@ def test_settings_that_make_no_sense() -> None:
         lambda: GradientDescent(max_steps=-1),
         lambda: GradientDescent(step=0.0),
         lambda: LBFGS(memory=0),
+        lambda: NewtonCG(max_products=0),
+        lambda: NewtonCG(preconditioner=1.0),
         lambda: Anderson(memory=0),
         lambda: Anderson(mixing=0.0),
         lambda: Anderson(ridge=-1.0),

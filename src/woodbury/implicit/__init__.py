@@ -5,9 +5,10 @@
 - :class:`Implicit`, :class:`Unrolled`, :class:`Truncated`, :class:`OneStep`, :class:`Phantom`: how.
 - :func:`compare_modes`: all of them beside finite differences.
 - :func:`stationarity`: whether a solution is one, and how far off it may be.
-- :class:`GradientDescent`, :class:`LBFGS`, :class:`AcceleratedProximalGradient`, :class:`Anderson`,
-  :class:`BlockCoordinateDescent`, :class:`MirrorDescent`, :class:`LevenbergMarquardt`,
-  :class:`Broyden`: solvers, for batches; :class:`DeepEquilibrium`: a layer.
+- :class:`GradientDescent`, :class:`LBFGS`, :class:`NewtonCG`, :class:`AcceleratedProximalGradient`,
+  :class:`Anderson`, :class:`BlockCoordinateDescent`, :class:`MirrorDescent`,
+  :class:`LevenbergMarquardt`, :class:`Broyden`: solvers, for batches; :class:`DeepEquilibrium`: a
+  layer.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
@@ -68,6 +69,7 @@ from woodbury.implicit.proxes import (
 )
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
+from woodbury.implicit.truncated_newton import NewtonCG
 
 __all__ = [
     "LBFGS",
@@ -88,6 +90,7 @@ __all__ = [
     "Mode",
     "ModeComparison",
     "ModeRow",
+    "NewtonCG",
     "OneStep",
     "Phantom",
     "QuadraticProgram",

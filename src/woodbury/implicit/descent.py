@@ -28,9 +28,19 @@ class Descent(InnerSolver):
         """A minimum."""
         return self._minimum(function)
 
-    def _memory(self, X: Tensor) -> Any:
+    def _evaluation(
+        self, rows: Rows, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Values ``[B]`` and gradients ``[B, n]`` at rows."""
+        return rows.objective(function, args)
+
+    def _memory(self, X: Tensor, evaluate: Any) -> Any:
         """What the directions are made from."""
         return None
+
+    def _start(self, memory: Any, X: Tensor, G: Tensor, target: Tensor) -> Tensor:
+        """The first directions."""
+        return -G
 
     def _turn(self, memory: Any, G: Tensor, moved: Tensor, X: Tensor, old: Tensor) -> Tensor:
         """New directions for the rows that moved from ``old = (X, G)``."""
@@ -51,15 +61,16 @@ class Descent(InnerSolver):
     def _run(
         self, rows: Rows, X: Tensor, function: Callable[..., Any], args: tuple[Any, ...]
     ) -> Found:
-        evaluate = rows.objective(function, args)
+        evaluate = self._evaluation(rows, function, args)
         values, G = evaluate(X)
         require_finite(values, G)
         norms = torch.linalg.vector_norm(G, dim=1)
         target = self.tol * norms.clamp_min(1.0)
         fixed = self._fixed()
         lengths = self._first(G) if fixed is None else torch.full_like(X[:, :1], fixed)
-        memory, D = self._memory(X), -G
+        memory = self._memory(X, evaluate)
         done = norms <= target
+        D = -G if bool(done.all()) else self._start(memory, X, G, target)
         statuses = [IterationStatus.converged if d else None for d in done.tolist()]
         steps = 0
         while steps < self.max_steps and None in statuses:

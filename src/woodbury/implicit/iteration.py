@@ -119,6 +119,20 @@ class Rows:
         leaves = [part.reshape(shape).to(dtype) for part, shape, dtype in pairs]
         return tree_unflatten(leaves, self.unknown.spec)
 
+    def values(self, f: Callable[..., Tensor], args: tuple[Any, ...], at: Tensor) -> Tensor:
+        """What ``f`` returns for rows that require a gradient: a scalar, or ``[B]``."""
+        values = f(self.unpack(at), *args)
+        wanted = (self.count,) if self.batched else ()
+        if not isinstance(values, Tensor) or values.shape != wanted:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values)
+            raise GradientError(
+                f"the objective returned {shape}, expected {wanted}: "
+                + ("one value for each problem" if self.batched else "a scalar")
+            )
+        if torch.is_grad_enabled() and not values.requires_grad:
+            raise GradientError("the objective does not depend on x")
+        return values
+
     def objective(
         self, f: Callable[..., Tensor], args: tuple[Any, ...]
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -127,16 +141,7 @@ class Rows:
         def evaluate(X: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 at = X.detach().requires_grad_()
-                values = f(self.unpack(at), *args)
-                wanted = (self.count,) if self.batched else ()
-                if not isinstance(values, Tensor) or values.shape != wanted:
-                    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values)
-                    raise GradientError(
-                        f"the objective returned {shape}, expected {wanted}: "
-                        + ("one value for each problem" if self.batched else "a scalar")
-                    )
-                if not values.requires_grad:
-                    raise GradientError("the objective does not depend on x")
+                values = self.values(f, args, at)
                 (G,) = torch.autograd.grad(values.sum(), at)
             return values.detach().reshape(self.count).double(), G
 

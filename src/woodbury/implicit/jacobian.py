@@ -11,6 +11,7 @@ from torch import Tensor
 from woodbury.errors import GradientError, WoodburyError
 from woodbury.implicit.condition import FlatCondition
 from woodbury.operators import LinearOperator
+from woodbury.operators.parts import transforms_active
 
 __all__ = ["ConditionJacobian"]
 
@@ -46,6 +47,12 @@ class ConditionJacobian(LinearOperator):
         if "symmetric" in self.tags:
             return self._product(X, adjoint=True)
         return self._product(X, adjoint=False)
+
+    def _matvec(self, x: Tensor) -> Tensor:
+        if self._linear is None or torch.is_grad_enabled() or transforms_active():
+            return super()._matvec(x)
+        # What an iteration does most of the time, without the layers above.
+        return self._linear.product("symmetric" in self.tags)(x.clone())
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
         return self._product(Y, adjoint=True)

@@ -51,7 +51,7 @@ class LBFGS(Descent):
         if self.memory < 1:
             raise ArgumentError(f"memory is {self.memory}; at least one pair is kept")
 
-    def _memory(self, X: Tensor) -> Any:
+    def _memory(self, X: Tensor, evaluate: Any) -> Any:
         # S, Y [m, B, n] and 1 / <s, y> [m, B, 1], zero where a row has no pair there.
         empty = X.new_zeros(self.memory, *X.shape)
         return [empty, empty.clone(), X.new_zeros(self.memory, X.shape[0], 1)]

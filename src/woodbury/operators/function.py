@@ -70,6 +70,12 @@ class FunctionOperator(LinearOperator):
     def _matmat(self, X: Tensor) -> Tensor:
         return self._apply(self._forward, X, self.shape[0], "matmat")
 
+    def _matvec(self, x: Tensor) -> Tensor:
+        if self.vectorized:
+            return super()._matvec(x)
+        x = x.resolve_conj().resolve_neg().contiguous()
+        return self._verified(self._forward(x), (self.shape[0],), "matmat")
+
     def _rmatmat(self, Y: Tensor) -> Tensor:
         if self._backward is None:
             return super()._rmatmat(Y)

@@ -1,0 +1,42 @@
+"""The benchmarks of this room run at small size, and what they print is right."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def printed(
+    name: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """What a script prints."""
+    monkeypatch.setenv("WOODBURY_PEERS_PYTHON", "no-such-interpreter")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_logistic(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(
+        "implicit_logistic.py", ["--penalties", "1e-2", "--repeats", "1"], monkeypatch, capsys
+    )
+    assert float(re.search(r"\|gradient\| (\S+)", out)[1]) < 1e-8
+    assert float(re.search(r"error of the hypergradient (\S+)", out)[1]) < 1e-5
+    assert "jaxopt           not there" in out
+
+
+def test_svm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", "60", "--features", "80", "--repeats", "1"]
+    out = printed("implicit_svm.py", options, monkeypatch, capsys)
+    row = out.splitlines()[-1].replace("|", " ").split()
+    implicit, fewest, doubled = float(row[2]), float(row[5]), float(row[9])
+    assert max(implicit, fewest, doubled) < 1e-4
