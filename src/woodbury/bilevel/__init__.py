@@ -2,6 +2,7 @@
 
 - :class:`Bilevel`: a problem with its oracles; :func:`estimate_hypergradient` at one point of it.
 - :class:`AlternatingIFT` and others: algorithms, one outer step a call of ``step()``.
+- :class:`HyperLearner`: hyperparameters learned inside a training loop that exists.
 - :func:`hypergradient`: by the implicit function theorem, with any recipe and a certificate.
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
@@ -30,6 +31,18 @@ from woodbury.bilevel.check import (
 from woodbury.bilevel.estimate import Hypergradient, estimate_hypergradient
 from woodbury.bilevel.estimators import FiniteDifference, HypergradientState, UnrolledDescent
 from woodbury.bilevel.hypergradient import hypergradient
+from woodbury.bilevel.learner import (
+    Augmentation,
+    ExampleWeights,
+    Hyper,
+    HyperLearner,
+    HyperReport,
+    Indexed,
+    LabelCorrection,
+    LearningRates,
+    LossWeights,
+    WeightDecay,
+)
 from woodbury.bilevel.linearization import Linearization
 from woodbury.bilevel.lv_hba import LVHBA, LVHBAStep
 from woodbury.bilevel.oracles import Gradients, Joint, OracleCounts
@@ -45,19 +58,28 @@ __all__ = [
     "AlternatingIFT",
     "AlternatingNystrom",
     "AmIGO",
+    "Augmentation",
     "BSVRBv1",
     "BSVRBv2",
     "Bilevel",
     "BilevelAlgorithm",
     "BlockwiseStep",
+    "ExampleWeights",
     "FiniteDifference",
     "Gradients",
+    "Hyper",
+    "HyperLearner",
+    "HyperReport",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientState",
+    "Indexed",
     "Joint",
     "LVHBAStep",
+    "LabelCorrection",
+    "LearningRates",
     "Linearization",
+    "LossWeights",
     "OracleCounts",
     "Sampler",
     "StepReport",
@@ -66,6 +88,7 @@ __all__ = [
     "TunedLogisticRegression",
     "TunedRidge",
     "UnrolledDescent",
+    "WeightDecay",
     "check_hypergradient",
     "estimate_hypergradient",
     "hypergradient",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -73,16 +73,24 @@ class ModuleFunction:
 
     Parameters that are not selected are constants. Buffers are those of the moment this is made. In
     mode ``"eval"`` dropout and batch norm are frozen. In mode ``"train"`` dropout draws the same
-    numbers for a batch at every call, and batch norm uses the statistics of the batch.
+    numbers for a batch at every call, and batch norm uses the statistics of the batch. ``flags``,
+    one for each of ``model.modules()``, says which of them are in training mode in mode ``"train"``
+    (default all).
     """
 
     def __init__(
-        self, model: nn.Module, params: Mapping[str, Tensor], mode: str, seed: int
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        mode: str,
+        seed: int,
+        flags: Sequence[bool] | None = None,
     ) -> None:
         if mode not in ("eval", "train"):
             raise ArgumentError(f"mode is {mode!r}; use 'eval' or 'train'")
         self.model = model
         self.training = mode == "train"
+        self.flags = [self.training for _ in model.modules()] if flags is None else flags
         self.seed = seed
         self.device = next(iter(params.values())).device
         others = {name: p.detach() for name, p in model.named_parameters() if name not in params}
@@ -116,8 +124,8 @@ class ModuleFunction:
     @contextmanager
     def _modes(self) -> Iterator[None]:
         before = [(module, module.training) for module in self.model.modules()]
-        for module, _ in before:
-            module.training = self.training
+        for (module, _), flag in zip(before, self.flags, strict=True):
+            module.training = flag
         fast = torch.backends.mha.get_fastpath_enabled()
         # One implementation with and without gradients, and one that can be differentiated twice.
         torch.backends.mha.set_fastpath_enabled(False)
