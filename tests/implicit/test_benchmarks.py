@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# torch warns of itself when forward mode is used first.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is dep:DeprecationWarning")
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -40,3 +43,17 @@ def test_svm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     row = out.splitlines()[-1].replace("|", " ").split()
     implicit, fewest, doubled = float(row[2]), float(row[5]), float(row[9])
     assert max(implicit, fewest, doubled) < 1e-4
+
+
+def test_molecular_dynamics(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--particles", "16", "--seeds", "2", "--packing", "1.0"]
+    options += ["--figure", str(tmp_path / "discs.png")]
+    out = printed("molecular_dynamics.py", options, monkeypatch, capsys)
+    rows = [line for line in out.splitlines() if line.startswith("implicit, ")]
+    assert len(rows) == 4
+    for row in rows:
+        assert row.split()[2:4] == ["2/2", "2/2"]
+        assert float(row.split()[5]) < 1e-6
+    assert (tmp_path / "discs.png").stat().st_size > 0
