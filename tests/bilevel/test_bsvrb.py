@@ -51,12 +51,12 @@ class Blocks:
         misfit = torch.einsum("ijk,ik->ij", self.C, y) - self.e
         return torch.einsum("ijk,ij->ik", self.C, misfit)
 
-    def systems(self, x: Tensor, y: Tensor) -> Tensor:
+    def adjoints(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.linalg.solve(self.H(x), self.slopes(y))
 
     def hypergradient(self, x: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
         """Mean of d_i - J_i v_i at any y and v."""
-        v = self.systems(x, y) if v is None else v
+        v = self.adjoints(x, y) if v is None else v
         return 0.2 * x - (x.exp() * y * v).mean(0)
 
     def radius(self) -> float:
@@ -88,7 +88,7 @@ def test_v1_with_all_blocks_and_no_memory_is_deterministic_descent() -> None:
 
 def test_v2_with_all_blocks_and_no_memory_is_deterministic_descent() -> None:
     problem = Blocks()
-    found = problem.make(BSVRBv2, system_step=0.3 / problem.radius(), radius=1e6, **DETERMINISTIC)
+    found = problem.make(BSVRBv2, adjoint_step=0.3 / problem.radius(), radius=1e6, **DETERMINISTIC)
     x, y = problem.x.clone(), torch.zeros(problem.m, problem.n, **DOUBLE)
     v = torch.zeros_like(y)
     for _ in range(15):
@@ -97,10 +97,10 @@ def test_v2_with_all_blocks_and_no_memory_is_deterministic_descent() -> None:
         slope = torch.einsum("ijk,ik->ij", H, y) - problem.b
         misfit = torch.einsum("ijk,ik->ij", H, v) - problem.slopes(y)
         direction = problem.hypergradient(x, y, v)
-        x, y, v = x - 0.05 * direction, y - found.inner_step * slope, v - found.system_step * misfit
+        x, y, v = x - 0.05 * direction, y - found.inner_step * slope, v - found.adjoint_step * misfit
         torch.testing.assert_close(found.hyper[""], x, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.params[""], y, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(found.systems, v, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.adjoints, v, rtol=1e-10, atol=1e-12)
 
 
 @BOTH
@@ -110,7 +110,7 @@ def test_direction_at_the_inner_solution_is_the_exact_hypergradient(method: Meth
     y = problem.solution(problem.x)
     state = {**found.state_dict(), "params": y}
     if method is BSVRBv2:
-        state["systems"] = problem.systems(problem.x, y)
+        state["adjoints"] = problem.adjoints(problem.x, y)
     found.load_state_dict(state)
     found.step()
     x = problem.x.clone().requires_grad_()
@@ -122,7 +122,7 @@ def test_direction_at_the_inner_solution_is_the_exact_hypergradient(method: Meth
 
 
 @pytest.mark.parametrize("blocks", [4, 2])
-def test_systems_tend_to_the_inverse_for_a_frozen_point(blocks: int) -> None:
+def test_adjoints_tend_to_the_inverse_for_a_frozen_point(blocks: int) -> None:
     problem = Blocks()
     y = problem.solution(problem.x)
     found = problem.make(
@@ -132,13 +132,13 @@ def test_systems_tend_to_the_inverse_for_a_frozen_point(blocks: int) -> None:
         radius=1e6,
         tracking=(0.9, 0.1),
         inner_step=1e-300,
-        system_step=0.25 / problem.radius(),
+        adjoint_step=0.25 / problem.radius(),
     )
     found.load_state_dict({**found.state_dict(), "params": y})
     for _ in range(1500):
         found.step()
-    expected = problem.systems(problem.x, y)
-    torch.testing.assert_close(found.systems, expected, rtol=1e-8, atol=1e-8)
+    expected = problem.adjoints(problem.x, y)
+    torch.testing.assert_close(found.adjoints, expected, rtol=1e-8, atol=1e-8)
 
 
 @BOTH
@@ -355,12 +355,12 @@ def test_tracked_hessian_is_kept_positive_definite() -> None:
     torch.testing.assert_close(values, torch.full((2, 2), 0.3, **DOUBLE), rtol=1e-12, atol=1e-12)
 
 
-def test_systems_stay_in_their_ball() -> None:
+def test_adjoints_stay_in_their_ball() -> None:
     problem = Blocks()
     found = problem.make(BSVRBv2, radius=0.01)
     for _ in range(5):
         found.step()
-    norms = found.systems.norm(dim=1)
+    norms = found.adjoints.norm(dim=1)
     torch.testing.assert_close(norms, torch.full((4,), 0.01, **DOUBLE))
 
 

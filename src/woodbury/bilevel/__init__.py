@@ -6,6 +6,8 @@
 - :func:`hypergradient`: by the implicit function theorem, with any recipe and a certificate.
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
+- :class:`SOBA`, :class:`SABA`, :class:`F2SA`, :class:`BOREP`: stochastic algorithms, some of a single
+  loop.
 - :class:`BSVRBv1`, :class:`BSVRBv2`: for many inner problems, few of them sampled at a time.
 - :class:`TunedRidge`, :class:`TunedLogisticRegression`, :class:`TunedElasticNet`: estimators of
   scikit-learn (from the extra ``app``) that tune one penalty per feature.
@@ -21,6 +23,7 @@ from woodbury.bilevel.algorithm import BilevelAlgorithm, StepReport
 from woodbury.bilevel.alternating import AlternatingIFT, AlternatingNystrom
 from woodbury.bilevel.amigo import AmIGO
 from woodbury.bilevel.blockwise import BlockwiseStep
+from woodbury.bilevel.bo_rep import BOREP
 from woodbury.bilevel.bsvrb_v1 import BSVRBv1
 from woodbury.bilevel.bsvrb_v2 import BSVRBv2
 from woodbury.bilevel.check import (
@@ -30,6 +33,7 @@ from woodbury.bilevel.check import (
 )
 from woodbury.bilevel.estimate import Hypergradient, estimate_hypergradient
 from woodbury.bilevel.estimators import FiniteDifference, HypergradientState, UnrolledDescent
+from woodbury.bilevel.f2sa import F2SA
 from woodbury.bilevel.hypergradient import hypergradient
 from woodbury.bilevel.learner import (
     Augmentation,
@@ -47,14 +51,20 @@ from woodbury.bilevel.linearization import Linearization
 from woodbury.bilevel.lv_hba import LVHBA, LVHBAStep
 from woodbury.bilevel.oracles import Gradients, Joint, OracleCounts
 from woodbury.bilevel.problem import Bilevel
+from woodbury.bilevel.saba import SABA
 from woodbury.bilevel.sampling import Sampler
+from woodbury.bilevel.soba import SOBA
 from woodbury.bilevel.stocbio import StocBiO
 
 if TYPE_CHECKING:
     from woodbury.bilevel.tuned import TunedElasticNet, TunedLogisticRegression, TunedRidge
 
 __all__ = [
+    "BOREP",
+    "F2SA",
     "LVHBA",
+    "SABA",
+    "SOBA",
     "AlternatingIFT",
     "AlternatingNystrom",
     "AmIGO",

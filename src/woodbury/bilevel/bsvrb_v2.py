@@ -50,7 +50,7 @@ class BSVRBv2(Blockwise):
         tracking: $(a, g)$, as in :class:`BSVRBv1`.
         momentum: $b$.
         inner_step: $\tau$.
-        system_step: $\tau_v$; default $\tau$.
+        adjoint_step: $\tau_v$; default $\tau$.
         outer: optimizer of ``hyper``, which is given $z$ for a gradient: a learning rate $\eta$, a
             factory, or an optimizer, as for :class:`BilevelAlgorithm`.
         radius: $R$.
@@ -59,7 +59,7 @@ class BSVRBv2(Blockwise):
     Attributes:
         params: the tensors of the $y_i$, by name (``""`` for a single tensor).
         hyper: those of $x$.
-        systems: the $v_i$ ``[m, p]``.
+        adjoints: the $v_i$ ``[m, p]``.
         steps: number of steps done.
         samples: number of rows that the losses were asked for, each counted once where it serves
             at two points.
@@ -112,7 +112,7 @@ class BSVRBv2(Blockwise):
         tracking: tuple[float, float] = (0.9, 1.0),
         momentum: float = 0.9,
         inner_step: float = 1.0,
-        system_step: float | None = None,
+        adjoint_step: float | None = None,
         outer: OptimizerLike = 1e-3,
         radius: float = 10.0,
         generator: torch.Generator | None = None,
@@ -133,39 +133,39 @@ class BSVRBv2(Blockwise):
             outer=outer,
             generator=generator,
         )
-        system_step = inner_step if system_step is None else system_step
-        for name, value in (("system_step", system_step), ("radius", radius)):
+        adjoint_step = inner_step if adjoint_step is None else adjoint_step
+        for name, value in (("adjoint_step", adjoint_step), ("radius", radius)):
             if not 0 < value < math.inf:
                 raise ArgumentError(f"{name} is {value}; it must be positive and finite")
-        self.system_step, self.radius = system_step, radius
-        self.systems = torch.zeros_like(self._y)
+        self.adjoint_step, self.radius = adjoint_step, radius
+        self.adjoints = torch.zeros_like(self._y)
         self._misfits = torch.zeros_like(self._y)
         self._missed = torch.zeros(self.count, dtype=torch.int64)
 
     def _hypergradients(
         self, blocks: Tensor, now: _Point, then: _Point | None
     ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        mean, misfit = self._mean(now, self.systems[blocks])
+        mean, misfit = self._mean(now, self.adjoints[blocks])
         before, earlier = (None, None)
         if then is not None:
-            before, earlier = self._mean(then, self._before["systems"][blocks])
+            before, earlier = self._mean(then, self._before["adjoints"][blocks])
         return (mean, before), self._track(self._misfits[blocks], blocks, misfit, earlier)
 
-    def _mean(self, point: _Point, systems: Tensor) -> tuple[Tensor, Tensor]:
-        product, mixed = self._products(point, systems, hessian=True)
+    def _mean(self, point: _Point, adjoints: Tensor) -> tuple[Tensor, Tensor]:
+        product, mixed = self._products(point, adjoints, hessian=True)
         assert product is not None  # asked for
         return (point.outer_hyper - mixed) / self.sampled, product - point.outer_slopes
 
     def _kept(self) -> dict[str, Tensor]:
-        return {"systems": self.systems.clone()}
+        return {"adjoints": self.adjoints.clone()}
 
     def _move(self, blocks: Tensor, moves: Tensor) -> None:
         self._misfits[blocks] = moves
         delay = (1 + self._missed[blocks]).to(self._y)[:, None]
         self._y[blocks] -= self.inner_step * delay * self._slopes[blocks]
-        moved = self.systems[blocks] - self.system_step * delay * moves
+        moved = self.adjoints[blocks] - self.adjoint_step * delay * moves
         length = moved.norm(dim=1, keepdim=True)
-        self.systems[blocks] = moved * (self.radius / length.clamp_min(self.radius))
+        self.adjoints[blocks] = moved * (self.radius / length.clamp_min(self.radius))
         self._missed += 1
         self._missed[blocks] = 0
 
@@ -173,7 +173,7 @@ class BSVRBv2(Blockwise):
         """All that changes from step to step: tensors and numbers, copied."""
         return {
             **super().state_dict(),
-            "systems": self.systems.clone(),
+            "adjoints": self.adjoints.clone(),
             "misfits": self._misfits.clone(),
             "missed": self._missed.clone(),
         }
@@ -186,6 +186,6 @@ class BSVRBv2(Blockwise):
             ShapeError: a tensor has another shape.
         """
         super().load_state_dict(state)
-        self.systems = state["systems"].to(self._y, copy=True)
+        self.adjoints = state["adjoints"].to(self._y, copy=True)
         self._misfits = state["misfits"].to(self._y, copy=True)
         self._missed = state["missed"].clone()
