@@ -57,3 +57,19 @@ def test_molecular_dynamics(
         assert row.split()[2:4] == ["2/2", "2/2"]
         assert float(row.split()[5]) < 1e-6
     assert (tmp_path / "discs.png").stat().st_size > 0
+
+
+def test_jacobian_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--steps", "200", "--figure", str(tmp_path / "errors.png")]
+    out = printed("jacobian_error.py", options, monkeypatch, capsys)
+    constant = float(re.search(r"ratio of implicit at most (\S+)", out)[1])
+    ridge = [line.split() for line in out.split("logistic")[0].splitlines()]
+    rows = [[float(word) for word in row] for row in ridge if len(row) == 6 and row[0].isdigit()]
+    assert all(row[3] <= constant for row in rows)
+    assert all(row[5] > row[3] for row in rows)  # the unrolled one is worse at every step
+    for implicit, unrolled in re.findall(r"slope: implicit (\S+), unrolled (\S+)", out):
+        assert abs(float(implicit) - 1) < 0.05
+        assert float(unrolled) < 0.9
+    assert (tmp_path / "errors.png").stat().st_size > 0
