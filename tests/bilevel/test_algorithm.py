@@ -84,6 +84,17 @@ ALGORITHMS: dict[str, Make] = {
     "Nystrom, kept": lambda p: AlternatingNystrom(
         p, rank=2, damping=0.5, inner=0.1, outer=SGD, inner_steps=2, keep=True, refresh=1.1, **SIZES
     ),
+    "Nystrom, Gaussian, kept": lambda p: AlternatingNystrom(
+        p,
+        rank=4,
+        damping=0.5,
+        method="gaussian",
+        keep=True,
+        inner=0.1,
+        outer=SGD,
+        inner_steps=2,
+        **SIZES,
+    ),
 }
 
 
@@ -112,6 +123,8 @@ def test_a_state_of_something_else_is_refused() -> None:
         algorithm.load_state_dict({**state, "params": {"": torch.zeros(9)}})
     with pytest.raises(ArgumentError, match="another method"):
         algorithm.load_state_dict({**state, "own": {}})
+    with pytest.raises(ArgumentError, match="inner optimizer"):
+        algorithm.load_state_dict({**state, "inner_optimizer": None})
 
 
 @pytest.mark.parametrize(

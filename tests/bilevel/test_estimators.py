@@ -356,3 +356,86 @@ def test_an_indefinite_or_singular_hessian_is_a_status(t0: T0) -> None:
     state = HypergradientState()
     estimate_hypergradient(problem(saddle), mode, state=state)
     assert state.adjoint is None
+
+
+# --- edges
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "estimator",
+    [CG(), Cholesky(), Neumann(2000, step=0.3), Nystrom(N), FiniteDifference(CG(rtol=1e-3))],
+    ids=lambda e: type(e).__name__,
+)
+def test_both_dtypes_are_kept_and_right(t0: T0, dtype: torch.dtype, estimator: object) -> None:
+    shift = torch.eye(N).double()
+    t0.A = t0.A + shift  # well conditioned, so that float32 says something
+    exact = t0.exact()
+    t0.A, t0.b, t0.C, t0.e = (part.to(dtype) for part in (t0.A, t0.b, t0.C, t0.e))
+    w = torch.linalg.solve(t0.A.double() + torch.diag(t0.L.exp()), t0.b.double())
+    problem = Bilevel(t0.inner, t0.outer, w.to(dtype), t0.L.to(dtype))
+    found = estimate_hypergradient(problem, estimator)  # type: ignore[arg-type]
+    assert found.value.dtype is dtype  # type: ignore[union-attr]
+    tolerance = 5e-3 if dtype is torch.float32 else 1e-3
+    torch.testing.assert_close(found.value.double(), exact, rtol=tolerance, atol=tolerance)
+    assert found.solution is not None
+    assert found.solution.status.ok
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [CG(), Cholesky(), Neumann(3), Nystrom(2, damping=0.1), FiniteDifference(), OneStep(0.1)],
+    ids=lambda e: type(e).__name__,
+)
+def test_at_a_minimum_of_the_outer_loss_the_direct_part_is_left(t0: T0, estimator: object) -> None:
+    """b = 0 in the solve: the answer is exact, and the status says so."""
+    e = t0.C @ t0.w_star
+    problem = Bilevel(
+        t0.inner,
+        lambda w, L: 0.5 * (t0.C @ w - e).square().sum() + 0.1 * L.square().sum(),
+        t0.w_star,
+        t0.L,
+    )
+    found = estimate_hypergradient(problem, estimator)  # type: ignore[arg-type]
+    assert torch.equal(found.value, 0.2 * t0.L)
+    assert found.solution is not None
+    assert found.solution.status is SolveStatus.converged
+    assert found.solution.products == 0
+
+
+def test_one_parameter_and_one_hyperparameter() -> None:
+    """g = a w^2 / 2 - w, f = w^2 / 2: F = 1 / (2 a^2), for scalars of no dimension."""
+    w, a = torch.tensor(0.5).double(), torch.tensor(2.0).double()
+    problem = Bilevel(lambda w, a: a * w**2 / 2 - w, lambda w, a: w**2 / 2, w, a)
+    for estimator in (CG(), Cholesky(), Neumann(80, step=0.4), Nystrom(1), FiniteDifference()):
+        found = estimate_hypergradient(problem, estimator)
+        torch.testing.assert_close(found.value, -1 / a**3, rtol=1e-6, atol=1e-9)
+
+
+def test_a_budget_of_no_products_is_a_status(t0: T0) -> None:
+    mode = Implicit(CG(max_steps=0), on_failure="ignore")
+    found = estimate_hypergradient(problem_of(t0), mode)
+    assert found.solution is not None
+    assert found.solution.status is SolveStatus.max_steps
+    assert float(found.solution.residual) == 1
+    with pytest.raises(SolveError, match="step limit"):
+        estimate_hypergradient(problem_of(t0), CG(max_steps=0))
+
+
+def test_a_second_derivative_that_is_not_finite_is_a_status() -> None:
+    def inner(w: Tensor, a: Tensor) -> Tensor:
+        return (w.abs() ** 1.5).sum() + (a * w).sum()  # no curvature at 0
+
+    problem = Bilevel(inner, lambda w, a: w.sum(), torch.zeros(2).double(), torch.ones(2).double())
+    with pytest.raises(SolveError, match="non_finite"):
+        estimate_hypergradient(problem, CG())
+    batchless = Implicit(CG(), on_failure="nan")
+    assert torch.isnan(estimate_hypergradient(problem, batchless).value).all()
+
+
+def test_a_start_at_the_answer_takes_no_step(t0: T0) -> None:
+    state = HypergradientState()
+    state.adjoint = torch.linalg.solve(t0.H, t0.C.T @ (t0.C @ t0.w_star - t0.e))
+    found = estimate_hypergradient(problem_of(t0), CG(rtol=1e-8), state=state)
+    assert found.solution is not None
+    assert (found.solution.steps, found.solution.status) == (0, SolveStatus.converged)

@@ -201,6 +201,10 @@ class BilevelAlgorithm:
                 f"the state holds {sorted(state['own'])}, {type(self).__name__} keeps "
                 f"{sorted(self.keeps)}: it is of another method"
             )
+        if (state["inner_optimizer"] is None) != (self.inner_optimizer is None):
+            raise ArgumentError(
+                "one of the state and this algorithm has an inner optimizer, the other has none"
+            )
         with torch.no_grad():
             for which, ours in tensors.items():
                 for name, tensor in ours.items():
