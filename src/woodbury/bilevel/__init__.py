@@ -6,11 +6,10 @@
 - :func:`hypergradient`: by the implicit function theorem, with any recipe and a certificate.
 - :func:`check_hypergradient`: the same compared with finite differences on your own problem.
 - :func:`unrolled_hypergradient`: by differentiating gradient descent, for comparison.
-- :class:`SOBA`, :class:`SABA`, :class:`F2SA`, :class:`BOREP`: stochastic algorithms, some of a single
-  loop.
-- :class:`BSVRBv1`, :class:`BSVRBv2`: for many inner problems, few of them sampled at a time.
 - :class:`TunedRidge`, :class:`TunedLogisticRegression`, :class:`TunedElasticNet`: estimators of
   scikit-learn (from the extra ``app``) that tune one penalty per feature.
+- :class:`SOBA`, :class:`SABA`, :class:`F2SA`, :class:`BOREP`: stochastic algorithms.
+- :class:`BSVRBv1`, :class:`BSVRBv2`: for many inner problems, few of them sampled at a time.
 - :class:`LVHBA`: for an inner problem with constraints that couple both levels.
 """
 
