@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from woodbury.apps.clean import clean
     from woodbury.bilevel import check_hypergradient, hypergradient
     from woodbury.curvature import (
+        EKFAC,
+        KFAC,
         Fisher,
         GaussNewton,
         GradientBuffer,
@@ -92,6 +94,7 @@ _HOME = {
     "Dense": "operators",
     "Diagonal": "operators",
     "Eigh": "solvers",
+    "EKFAC": "curvature",
     "Fisher": "curvature",
     "FunctionOperator": "operators",
     "GMRES": "solvers",
@@ -107,6 +110,7 @@ _HOME = {
     "Influence": "influence",
     "Jacobi": "solvers",
     "Jacobian": "curvature",
+    "KFAC": "curvature",
     "Kaczmarz": "solvers",
     "Kernel": "operators",
     "Kronecker": "operators",
@@ -161,7 +165,9 @@ _ROOMS = (
 __all__ = [
     "CG",
     "CUR",
+    "EKFAC",
     "GMRES",
+    "KFAC",
     "LDL",
     "LSMR",
     "LSQR",

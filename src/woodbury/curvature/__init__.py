@@ -12,13 +12,18 @@ Where to find what:
   and diagonal blocks.
 - Layer by layer: ``capture`` gives gradients per example as inputs and output gradients of the
   ``layers``, ``backprop`` says of what, ``single`` takes those of parameters without known form one
-  by one, ``probes`` checks that a loss belongs to its example.
+  by one, ``probes`` checks that a loss belongs to its example. ``kfac`` is made of them: a
+  ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of ``factors``, kept by
+  ``layer_store``; ``damping`` and ``coverage`` say what was added and what is represented how, and
+  ``promotion`` takes half precision to float32.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
 """
 
 from woodbury.curvature.capture import FactoredBatch, FactoredGradients
+from woodbury.curvature.coverage import Coverage, CoverageRow
+from woodbury.curvature.damping import DampingChoice, RelativeDamping, choose_damping
 from woodbury.curvature.diagonals import block_curvature, diagonal_curvature
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
@@ -26,11 +31,18 @@ from woodbury.curvature.gradient_buffer import GradientBuffer
 from woodbury.curvature.gradient_window import GradientWindow, WindowInverse
 from woodbury.curvature.hessian import Hessian
 from woodbury.curvature.jacobian import Jacobian
+from woodbury.curvature.kfac import EKFAC, KFAC
+from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.window_recursion import WindowRecursion
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "Coverage",
+    "CoverageRow",
+    "DampingChoice",
     "FactoredBatch",
     "FactoredGradients",
     "Fisher",
@@ -39,13 +51,16 @@ __all__ = [
     "GradientWindow",
     "Hessian",
     "Jacobian",
+    "LayerMatrix",
     "MatrixBlock",
     "MatrixGradients",
     "Objective",
+    "RelativeDamping",
     "VectorBlock",
     "VectorGradients",
     "WindowInverse",
     "WindowRecursion",
     "block_curvature",
+    "choose_damping",
     "diagonal_curvature",
 ]

@@ -169,13 +169,20 @@ class FactoredGradients:
     def __iter__(self) -> Iterator[FactoredBatch]:
         return self.passes("gradients per layer")
 
-    def passes(self, what: str, start: int = 0) -> Iterator[FactoredBatch]:
-        """One pass over the data from batch ``start`` on; ``what`` is told to the progress."""
+    def passes(
+        self, what: str, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[FactoredBatch]:
+        """One pass over the data from batch ``start`` on; ``what`` is told to the progress.
+
+        With ``part = (r, w)`` only every ``w``-th batch from batch ``r`` on: the share of one of
+        ``w`` processes.
+        """
         self.objective.require_rows(what)
         seen = {name for block in self.plan.blocks.values() for name in block.parameters}
         self.objective.require_used(seen)
         for batch in self.objective.batches(what, start):
-            yield from self._batch(batch)
+            if batch.index % part[1] == part[0]:
+                yield from self._batch(batch)
 
     # ------------------------------------------------------------- one batch
 

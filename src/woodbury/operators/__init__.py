@@ -6,7 +6,8 @@ Where to find what (one class a file):
 - ``tags``: structure declared by name and the rules by which algebra keeps or loses it.
 - Matrices in memory: ``dense``, ``diagonal``, ``identity``, ``sparse`` (and ``sparse_inverse``).
 - Structured: ``low_rank``, ``low_rank_update`` (the Woodbury identity), ``kronecker``,
-  ``shifted_kronecker`` (plus a multiple of the identity), ``block_diagonal``.
+  ``shifted_kronecker`` (plus a multiple of the identity), ``block_diagonal``,
+  ``eigendecomposed`` (eigenvectors and eigenvalues), ``permutation``.
 - Never formed: ``kernel`` (evaluated in blocks), ``function`` (you give the product).
 - Made by algebra: ``sum``, ``product``, ``scaled``, ``transpose``. ``algebra`` holds the rules for
   ``A + B``, ``c * A``, ``A @ B``, ``A.T`` and ``A.H``.
@@ -20,12 +21,14 @@ from woodbury.operators.base import LinearOperator
 from woodbury.operators.block_diagonal import BlockDiagonal
 from woodbury.operators.dense import Dense
 from woodbury.operators.diagonal import Diagonal
+from woodbury.operators.eigendecomposed import Eigendecomposed
 from woodbury.operators.function import FunctionOperator
 from woodbury.operators.identity import Identity
 from woodbury.operators.kernel import Kernel
 from woodbury.operators.kronecker import Kronecker
 from woodbury.operators.low_rank import LowRank
 from woodbury.operators.low_rank_update import LowRankUpdate
+from woodbury.operators.permutation import Permutation
 from woodbury.operators.product import Product
 from woodbury.operators.scaled import Scaled
 from woodbury.operators.shifted_kronecker import ShiftedKronecker
@@ -40,6 +43,7 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Eigendecomposed",
     "FunctionOperator",
     "Identity",
     "Kernel",
@@ -47,6 +51,7 @@ __all__ = [
     "LinearOperator",
     "LowRank",
     "LowRankUpdate",
+    "Permutation",
     "Product",
     "Scaled",
     "ShiftedKronecker",
