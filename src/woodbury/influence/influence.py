@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature import Objective
+from woodbury.curvature.damping import Damping
+from woodbury.curvature.promotion import promoted
 from woodbury.errors import ArgumentError, StructureError
 from woodbury.influence.chunks import chosen_rows
 from woodbury.influence.forecast import Forecast, Plan, gradient_seconds, make_plan, solve_bytes
+from woodbury.influence.layered import Layered, layered_self_scores
 from woodbury.influence.measurements import Measurement, measured, support
 from woodbury.influence.pairwise import Pairwise, self_scores
 from woodbury.influence.runs import Run, fingerprint
@@ -60,13 +63,19 @@ class Influence:
         recipe: how to apply $A^{-1}$, any recipe of :mod:`woodbury.solvers`. Default: the
             structural inverse where the matrix has one, Cholesky to 3,000 parameters, CG beyond.
         matrix: $A$ without the damping: ``"gauss_newton"`` (default), ``"hessian"``, ``"fisher"``,
-            ``"empirical_fisher"``, ``"diagonal"`` (of the empirical Fisher matrix), ``"identity"``
-            (scores are then products of gradients); a
-            :class:`~woodbury.LinearOperator` ``[n, n]`` of the parameters; or a function that makes
-            one of the objective.
-        damping: $\rho \ge 0$, in the unit of the matrix. Default: 0 where the matrix is positive
-            definite by its tags (all of ``l2`` is positive) or not known to be semidefinite; else
-            0.1 of its mean eigenvalue. It is in ``scores.settings``.
+            ``"empirical_fisher"``; ``"kfac"`` and ``"ekfac"``, with labels drawn from the model
+            (scores then go layer by layer in the eigenbasis, where no recipe is given);
+            ``"diagonal"`` (of the empirical Fisher matrix); ``"identity"`` (scores are then
+            products of gradients); a :class:`~woodbury.LinearOperator` ``[n, n]`` of the
+            parameters; or a function that makes one of the objective.
+        damping: $\rho \ge 0$, in the unit of the matrix; for K-FAC and EK-FAC also one number for
+            each layer, or :class:`~woodbury.curvature.RelativeDamping`. Default: 0 where the matrix
+            is positive definite by its tags (all of ``l2`` is positive) or not known to be
+            semidefinite; else 0.1 of its mean eigenvalue, for K-FAC and EK-FAC of that of each
+            layer. It is in ``scores.settings``.
+        tolerance: relative error in the Frobenius norm over all scores that a separable form of
+            the inverse spectrum may cost where scores go layer by layer; it is measured on a
+            sample of exact scores, and the certificate has its upper limit. 0 for exact scores.
         memory: bytes that scores, solves, gradients and linearised curvature may take together,
             beside the model and the data. Default half of what is free.
         throw: raise where a solve fails; otherwise its status is in ``scores.solves``.
@@ -111,7 +120,8 @@ class Influence:
         recipe: Recipe | None = None,
         *,
         matrix: Matrix = "gauss_newton",
-        damping: float | None = None,
+        damping: Damping | None = None,
+        tolerance: float = 0.01,
         memory: int | None = None,
         throw: bool = True,
         progress: ProgressCallback | None = None,
@@ -121,7 +131,7 @@ class Influence:
                 "in mode 'train' the loss of an example depends on its batch, so its influence is "
                 "not defined by this formula; use Objective(..., mode='eval')"
             )
-        if damping is not None and not 0 <= damping < float("inf"):
+        if isinstance(damping, int | float) and not 0 <= damping < float("inf"):
             raise ArgumentError(f"damping is {damping}; it must be a number >= 0")
         if isinstance(measurement, str) and measurement not in ("loss", "margin"):
             raise ArgumentError(
@@ -129,7 +139,13 @@ class Influence:
             )
         if memory is not None and memory < 1:
             raise ArgumentError(f"memory is {memory}; give a positive number of bytes")
-        self.objective = objective
+        if not 0 <= tolerance < 1:
+            raise ArgumentError(f"tolerance is {tolerance}; it must be in [0, 1)")
+        self.objective = promoted(objective)
+        self.tolerance = tolerance
+        self._note = (
+            "" if self.objective is objective else f"float32, the model is {objective.dtype}"
+        )
         self.measurement = measurement
         self._given = recipe, matrix, damping
         self._memory, self._throw, self._progress = memory, throw, progress
@@ -173,6 +189,8 @@ class Influence:
         asked = self._asked(queries)
         chosen = chosen_rows(objective, rows)
         names, owner = _modules(objective)
+        if self.system.inverses is not None:
+            return self._layered(asked, chosen, modules, folder)
         plan = make_plan(
             objective, self._memory, asked.num_examples, len(chosen), len(names) * modules
         )
@@ -196,6 +214,40 @@ class Influence:
             solves=system.certificate(),
         )
 
+    def _layered(
+        self, asked: Objective, chosen: Tensor, modules: bool, folder: str | Path | None
+    ) -> Scores:
+        """By layers, in the eigenbasis of the matrix."""
+        objective, system = self.objective, self.system
+        assert system.inverses is not None  # seen by the caller
+        count = len(system.inverses) if modules else 0
+        make_plan(objective, self._memory, asked.num_examples, len(chosen), count)
+        words = {"kind": "scores", "modules": modules, "rows": _digest(chosen)}
+        words["tolerance"] = self.tolerance
+        run = self._run(folder, words, system, asked)
+        layered = Layered(
+            objective, system.inverses, self.tolerance, chosen, run, modules, self._say
+        )
+        values, parts, truncation = layered.scores(asked)
+        solves: dict[str, Any] = {"ok": True}
+        if truncation is not None:
+            solves["truncation_error"] = truncation.relative
+            solves["truncation_error_at_most"] = truncation.upper
+            solves["terms"] = dict(truncation.terms)
+        exact = truncation is None
+        return Scores(
+            values=values,
+            rows=chosen,
+            support=support(self.measurement),
+            solve_error=torch.zeros(len(values), dtype=torch.float64) if exact else None,
+            gradient_norms=layered.norms / objective.num_examples,
+            proven=exact,
+            modules=parts,
+            module_names=layered.names,
+            settings=self._settings(system),
+            solves=solves,
+        )
+
     def self_influence(self, *, folder: str | Path | None = None) -> SelfInfluence:
         r"""$s_{ii} = -\frac1N \nabla\ell_i^T A^{-1}\nabla\ell_i$ of every training example.
 
@@ -210,6 +262,11 @@ class Influence:
             :class:`SelfInfluence`, ``[N]``.
         """
         objective = self.objective
+        if self.system.inverses is not None:
+            run = self._run(folder, {"kind": "self influence"}, self.system, None)
+            found = layered_self_scores(objective, self.system.inverses, run, self._say)
+            nothing = torch.zeros(len(found), dtype=torch.float64)
+            return SelfInfluence(found, nothing, True, self._settings(self.system), {"ok": True})
         plan = make_plan(objective, self._memory, 1, objective.num_examples, 0)
         # Here every example is a right-hand side.
         plan = replace(plan, columns=max(1, plan.cache // solve_bytes(objective)))
@@ -251,7 +308,7 @@ class Influence:
         base, _ = base_operator(
             self.objective, matrix, None if self._memory is None else plan.cache
         )
-        if base.has_inverse:
+        if matrix in ("kfac", "ekfac") or base.has_inverse:
             return 0.0, 0
         n = base.shape[0]
         probe = torch.ones(n, dtype=base.dtype, device=base.device)
@@ -280,6 +337,7 @@ class Influence:
             "damping_chosen": system.chosen,
             "recipe": repr(system.recipe),
             "examples_in_the_mean": self.objective.num_examples,
+            **({"computed_in": self._note} if self._note else {}),
         }
 
     def _run(

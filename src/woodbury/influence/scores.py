@@ -55,7 +55,8 @@ class Scores:
         values: $s$, ``[Q, N]``; in the unit of the measurement.
         rows: which training examples the columns are, ``[N]``.
         support: sign of the scores that speak for the prediction: -1 where a loss is measured.
-        solve_error: bound (or estimate) of $\|x_q - A^{-1}\nabla m_q\|$ of every query, ``[Q]``.
+        solve_error: bound (or estimate) of $\|x_q - A^{-1}\nabla m_q\|$ of every query, ``[Q]``;
+            ``None`` where the error is known for all scores together only.
         gradient_norms: $\|\nabla\ell_i\| / N$, ``[N]``.
         proven: whether ``solve_error`` is a bound.
         modules: scores by module, ``[M, Q, N]``, where they were asked for; they add up to
@@ -106,7 +107,10 @@ class Scores:
             ArgumentError: the scores carry no certificate.
         """
         if self.solve_error is None or self.gradient_norms is None:
-            raise ArgumentError("these scores carry no bound of their error")
+            raise ArgumentError(
+                "these scores carry no bound for each of them; certificate() says what is known of "
+                "their error"
+            )
         return torch.outer(self.solve_error, self.gradient_norms.double().cpu())
 
     def certificate(self) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from woodbury.curvature import Fisher, GaussNewton, Hessian, Objective
+from woodbury.curvature import EKFAC, KFAC, Fisher, GaussNewton, Hessian, Objective, RelativeDamping
+from woodbury.curvature.damping import Damping
+from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.errors import ArgumentError, ShapeError
+from woodbury.influence.eigenbasis import EigenBlock, VectorInverse
+from woodbury.influence.kronecker import layer_inverses
 from woodbury.operators import Dense, Diagonal, Identity, LinearOperator
 from woodbury.solvers import (
     CG,
@@ -42,12 +46,30 @@ __all__ = [
 ]
 
 Matrix = (
-    Literal["gauss_newton", "hessian", "fisher", "empirical_fisher", "identity", "diagonal"]
+    Literal[
+        "gauss_newton",
+        "hessian",
+        "fisher",
+        "empirical_fisher",
+        "kfac",
+        "ekfac",
+        "diagonal",
+        "identity",
+    ]
     | LinearOperator
     | Callable[[Objective], LinearOperator]
 )
 
-_NAMES = ("gauss_newton", "hessian", "fisher", "empirical_fisher", "identity", "diagonal")
+_NAMES = (
+    "gauss_newton",
+    "hessian",
+    "fisher",
+    "empirical_fisher",
+    "kfac",
+    "ekfac",
+    "diagonal",
+    "identity",
+)
 # Up to this many parameters the curvature is formed and factorised where no recipe is given.
 DENSE_LIMIT = 3000
 # Of the mean eigenvalue, where no damping is given: Grosse et al. 2023, section 3.
@@ -116,7 +138,7 @@ class System:
         objective: Objective,
         matrix: Matrix,
         recipe: Recipe | None,
-        damping: float | None,
+        damping: Damping | None,
         throw: bool,
         cache: int | None = None,
     ) -> None:
@@ -125,12 +147,10 @@ class System:
         if base.shape != (n, n):
             raise ShapeError(f"the matrix is {base.shape}, the objective has {n} parameters")
         self.chosen = damping is None
-        self.damping = _default_damping(base) if damping is None else float(damping)
-        if self.damping:
-            identity = Identity(n, dtype=base.dtype, device=base.device, space=base.space)
-            operator = base + self.damping * identity
-        else:
-            operator = base
+        self.inverses: dict[str, EigenBlock | VectorInverse] | None = None
+        operator, self.damping = _damped(base, damping)
+        if isinstance(base, KFAC) and isinstance(operator, LayerMatrix) and recipe is None:
+            self.inverses = layer_inverses(base, operator)
         self.recipe = choose_recipe(operator) if recipe is None else recipe
         self.operator = formed(operator, self.recipe)
         self.throw = throw
@@ -194,6 +214,11 @@ def base_operator(
         return Fisher(objective, cache=given), "Fisher"
     if matrix == "empirical_fisher":
         return Fisher(objective, "empirical", cache=given), "empirical Fisher"
+    if matrix in ("kfac", "ekfac"):
+        generator = torch.Generator().manual_seed(0)
+        if matrix == "kfac":
+            return KFAC(objective, generator=generator), "K-FAC"
+        return EKFAC(objective, generator=generator), "EK-FAC"
     if matrix == "identity":
         n = objective.space.dim
         return Identity(
@@ -219,6 +244,25 @@ def _diagonal(objective: Objective) -> LinearOperator:
     return Diagonal(values.to(objective.dtype), tags=tags, space=objective.space)
 
 
+def _damped(
+    base: LinearOperator, damping: Damping | None
+) -> tuple[LinearOperator, float | dict[str, float]]:
+    """The matrix with damping, and how much that is."""
+    if isinstance(base, KFAC):
+        damped = base.damped(RelativeDamping(_SHARE) if damping is None else damping)
+        return damped, damped.damping
+    if damping is not None and not isinstance(damping, int | float):
+        raise ArgumentError(
+            f"damping is {damping!r}; one for each layer is for matrices 'kfac' and 'ekfac', give "
+            "a number"
+        )
+    value = _default_damping(base) if damping is None else float(damping)
+    if not value:
+        return base, 0.0
+    identity = Identity(base.shape[0], dtype=base.dtype, device=base.device, space=base.space)
+    return base + value * identity, value
+
+
 def _default_damping(base: LinearOperator) -> float:
     """None for what is definite or no curvature; else a share of the mean eigenvalue."""
     if "positive_definite" in base.tags or "positive_semidefinite" not in base.tags:
@@ -228,11 +272,15 @@ def _default_damping(base: LinearOperator) -> float:
 
 
 def _least_eigenvalue(
-    objective: Objective, base: LinearOperator, operator: LinearOperator, damping: float
+    objective: Objective,
+    base: LinearOperator,
+    operator: LinearOperator,
+    damping: float | dict[str, float],
 ) -> float | None:
     """What is proven to be below the spectrum: by structure, or the damping and the regulariser."""
     floor = smallest_singular_value_bound(operator) or 0.0
-    if isinstance(base, GaussNewton | Fisher) and "positive_semidefinite" in base.tags:
+    known = isinstance(base, GaussNewton | Fisher) and "positive_semidefinite" in base.tags
+    if known and isinstance(damping, float):
         floor = max(
             floor, damping + float(torch.as_tensor(objective.l2, dtype=torch.float64).amin())
         )

@@ -1,0 +1,256 @@
+r"""Scores in an eigenbasis of Kronecker form: what is exact, and what is fast.
+
+For a block with $A^{-1} = (Q_S \otimes Q_A)\operatorname{diag}(W)(Q_S \otimes Q_A)^T$ and gradients
+$\sum_t g_t a_t^T$, in the basis $\tilde g = Q_S^T g$, $\tilde a = Q_A^T a$,
+
+$$ \langle \nabla m_q, A^{-1} \nabla\ell_i\rangle
+   = \sum_{jk} W_{jk} \tilde D^q_{jk} \tilde D^i_{jk}, \qquad \tilde D = \sum_t \tilde g_t \tilde
+   a_t^T. $$
+
+With one position on both sides and $W \approx \sum_r u_r v_r^T$ it is
+$\sum_r \big(\sum_j u_{rj}\tilde g^q_j\tilde g^i_j\big)\big(\sum_k v_{rk}\tilde a^q_k\tilde
+a^i_k\big)$: two products of thin matrices a term for all pairs at once, and the bases go to the
+queries, so that gradients of training examples are not rotated. The error weighs $W_{jk}$ by the
+sizes of both gradients, so the terms are those of the singular value decomposition of
+$d^S_j W_{jk} d^A_k$ with $d^S_j = (\mathrm{E}[(\tilde g^q_j)^2]\,\mathrm{E}[(\tilde
+g^i_j)^2])^{1/2}$, and $d^A$ likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
+from woodbury.decompositions import range_finder
+from woodbury.operators import Dense
+
+__all__ = ["EigenBlock", "MatrixQueries", "VectorInverse", "VectorQueries"]
+
+# Singular values beyond this many are not looked for: exact scores are as fast by then.
+_MAX_TERMS = 96
+# Blocks with fewer entries cost nothing anyway.
+_SMALL = 2**12
+_POWER_STEPS = 2
+_DENSE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock:
+    """The inverse of a matrix block in its eigenbasis.
+
+    Attributes:
+        block: which parameters.
+        left: $Q_S$ ``[p, p]``, or ``None`` for the identity.
+        right: $Q_A$ ``[m, m]``, or ``None`` for the identity.
+        inverse: $W$, ``[p, m]``.
+    """
+
+    block: MatrixBlock
+    left: Tensor | None
+    right: Tensor | None
+    inverse: Tensor
+
+    def rotate(self, gradients: MatrixGradients) -> tuple[Tensor, Tensor]:
+        """Inputs ``[b, t, m]`` and gradients at outputs ``[b, t, p]`` in the eigenbasis."""
+        rotated = gradients.rotate(self.left, self.right)
+        return rotated.dense_inputs(), rotated.grads
+
+    def self_scores(self, gradients: MatrixGradients) -> Tensor:
+        r"""$\sum_{jk} W_{jk} \tilde D_{jk}^2$ of every example, ``[b]``."""
+        a, g = self.rotate(gradients)
+        if g.shape[1] == 1:
+            return ((g[:, 0].square() @ self.inverse) * a[:, 0].square()).sum(1)
+        step = max(1, _DENSE_BYTES // (self.inverse.numel() * g.element_size()))
+        pairs = zip(g.split(step), a.split(step), strict=True)
+        return torch.cat(
+            [torch.einsum("bpm,pm->b", torch.bmm(x.mT, y).square(), self.inverse) for x, y in pairs]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class VectorInverse:
+    """The inverse of a vector block: a matrix ``[n, n]``, or its diagonal ``[n]``."""
+
+    block: VectorBlock
+    inverse: Tensor
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Rows ``[b, n]`` times the inverse."""
+        if self.inverse.dim() == 1:
+            return values * self.inverse
+        return values @ self.inverse
+
+    def self_scores(self, gradients: VectorGradients) -> Tensor:
+        """Squares of the gradients in the inverse, ``[b]``."""
+        return (self.apply(gradients.values) * gradients.values).sum(1)
+
+
+class VectorQueries:
+    """Gradients of queries of a vector block, with the inverse applied."""
+
+    def __init__(self, inverse: VectorInverse, gradients: VectorGradients) -> None:
+        self.solved = inverse.apply(gradients.values)
+
+    def scores(self, gradients: VectorGradients) -> Tensor:
+        """``[Q, b]``."""
+        return self.solved @ gradients.values.T
+
+    exact = scores
+
+    def forget_terms(self) -> None:
+        """There are none."""
+
+    def pays(self, count: int) -> bool:
+        """There is nothing to be approximated."""
+        return False
+
+
+class MatrixQueries:
+    """Gradients of queries of a matrix block, prepared for many training examples.
+
+    Args:
+        eigen: the inverse.
+        gradients: of the queries.
+    """
+
+    def __init__(self, eigen: EigenBlock, gradients: MatrixGradients) -> None:
+        self.eigen = eigen
+        self.a, self.g = eigen.rotate(gradients)  # [Q, t, m], [Q, t, p]
+        self.single = self.g.shape[1] == 1
+        self._terms: tuple[Tensor, Tensor] | None = None
+        self._dense: Tensor | None = None
+
+    # ---------------------------------------------------------------- exact
+
+    def exact(self, gradients: MatrixGradients) -> Tensor:
+        """``[Q, b]`` without approximation."""
+        W = self.eigen.inverse
+        a, g = self.eigen.rotate(gradients)
+        if self.single and g.shape[1] == 1:
+            a, g = a[:, 0], g[:, 0]
+            rows = [
+                ((g * gq) @ W).mul_(aq).mul_(a).sum(1)
+                for gq, aq in zip(self.g[:, 0], self.a[:, 0], strict=True)
+            ]
+            return torch.stack(rows)
+        plain = MatrixBlock(**{**vars(self.eigen.block), "one_hot": False})
+        rotated = MatrixGradients(plain, a, g)
+        step = max(1, _DENSE_BYTES // (W.numel() * W.element_size()))
+        if self._dense is None and step >= len(self.g):
+            self._dense = self._solved(slice(None))  # kept: it serves every batch
+        if self._dense is not None:
+            return rotated.inner(self._dense)
+        parts = [slice(start, start + step) for start in range(0, len(self.g), step)]
+        return torch.cat([rotated.inner(self._solved(part)) for part in parts])
+
+    def _solved(self, part: slice) -> Tensor:
+        """The queries with the inverse applied, in the eigenbasis, ``[Q, p, m]``."""
+        return torch.bmm(self.g[part].mT, self.a[part]).mul_(self.eigen.inverse)
+
+    def matrices(self) -> Tensor:
+        """The queries with the inverse applied, in the basis of the parameters, ``[Q, p, m]``."""
+        D = self._solved(slice(None))
+        if self.eigen.left is not None:
+            D = self.eigen.left @ D
+        return D if self.eigen.right is None else D @ self.eigen.right.T
+
+    # ------------------------------------------------------------ separable
+
+    def decompose(self, sample: MatrixGradients) -> Spectrum | None:
+        """The terms of the separable form, or ``None`` where that does not pay.
+
+        Args:
+            sample: gradients of some training examples, for their sizes.
+        """
+        p, m = self.eigen.inverse.shape
+        if not self.single or sample.grads.shape[1] != 1 or p * m < _SMALL:
+            return None
+        a, g = self.eigen.rotate(sample)
+        left = _sizes(self.g[:, 0], g[:, 0])
+        right = _sizes(self.a[:, 0], a[:, 0])
+        return Spectrum.of(self.eigen.inverse, left, right)
+
+    def errors(
+        self, spectrum: Spectrum, sample: MatrixGradients, exact: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Weighted squared error of the scores of a sample with 0, 1, ... terms, made falling."""
+        a, g = self.eigen.rotate(sample)
+        left = exact.clone()
+        squares = [(left.double().square() @ weights).sum()]
+        for u, v in zip(*spectrum.terms(len(spectrum.values)), strict=True):
+            left -= ((self.g[:, 0] * u) @ g[:, 0].T) * ((self.a[:, 0] * v) @ a[:, 0].T)
+            squares.append((left.double().square() @ weights).sum())
+        return torch.stack(squares).cpu().flip(0).cummax(0).values.flip(0)
+
+    def pays(self, count: int) -> bool:
+        """Whether so many terms cost clearly less than exact scores."""
+        p, m = self.eigen.inverse.shape
+        return 2 * count * (p + m) < p * m
+
+    def use_terms(self, spectrum: Spectrum, count: int) -> None:
+        """Take ``count`` terms from now on."""
+        u, v = spectrum.terms(count)
+        g = self.g[:, 0] * u[:, None, :]  # [R, Q, p]
+        a = self.a[:, 0] * v[:, None, :]
+        left, right = self.eigen.left, self.eigen.right
+        self._terms = (g if left is None else g @ left.T, a if right is None else a @ right.T)
+
+    def forget_terms(self) -> None:
+        """Exact scores from now on."""
+        self._terms = None
+
+    def scores(self, gradients: MatrixGradients) -> Tensor:
+        """``[Q, b]``: by the separable form where there is one, else exact."""
+        if self._terms is None or gradients.grads.shape[1] != 1:
+            return self.exact(gradients)
+        g, a = gradients.grads[:, 0], gradients.dense_inputs()[:, 0]
+        result = g.new_zeros(len(self.g), len(g))
+        for gq, aq in zip(*self._terms, strict=True):
+            result.addcmul_(gq @ g.T, aq @ a.T)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    r"""Leading singular triples of $d^S_j W_{jk} d^A_k$.
+
+    Attributes:
+        left: $d^S$, ``[p]``.
+        right: $d^A$, ``[m]``.
+        U: ``[p, r]``.
+        values: ``[r]``, float64.
+        V: ``[m, r]``.
+    """
+
+    left: Tensor
+    right: Tensor
+    U: Tensor
+    values: Tensor
+    V: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, left: Tensor, right: Tensor) -> Spectrum:
+        """By a randomised range finder, whose probes are the same every time."""
+        X = left[:, None] * W * right
+        rank = min(_MAX_TERMS, *X.shape)
+        probes = min(rank + 8, *X.shape)
+        Q = range_finder(Dense(X), probes, power=_POWER_STEPS).basis
+        small, values, V = torch.linalg.svd(Q.T @ X, full_matrices=False)
+        return cls(left, right, (Q @ small)[:, :rank], values[:rank].double(), V[:rank].T)
+
+    def terms(self, count: int) -> tuple[Tensor, Tensor]:
+        """``u [R, p]`` and ``v [R, m]``."""
+        root = self.values[:count].sqrt().to(self.U.dtype)
+        u = (self.U[:, :count] * root / self.left[:, None]).T
+        v = (self.V[:, :count] * root / self.right[:, None]).T
+        return u.contiguous(), v.contiguous()
+
+
+def _sizes(queries: Tensor, examples: Tensor) -> Tensor:
+    """Geometric means of the mean squares of both, kept away from zero."""
+    product = (queries.square().mean(0) * examples.square().mean(0)).sqrt()
+    largest = float(product.amax())
+    return product.clamp(min=1e-6 * largest if largest > 0 else 1.0)

@@ -1,0 +1,330 @@
+"""Scores layer by layer, for inverses in an eigenbasis of Kronecker form."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from woodbury.curvature import FactoredGradients, Objective
+from woodbury.curvature.layers import MatrixGradients, VectorGradients
+from woodbury.errors import DataError
+from woodbury.influence.eigenbasis import (
+    EigenBlock,
+    MatrixQueries,
+    Spectrum,
+    VectorInverse,
+    VectorQueries,
+)
+from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
+from woodbury.influence.runs import Run
+from woodbury.influence.truncation import Draw, Truncation, allocate
+
+__all__ = ["Inverses", "Layered", "layered_self_scores", "rows_of_data"]
+
+Gradients = MatrixGradients | VectorGradients
+Inverses = Mapping[str, EigenBlock | VectorInverse]
+Prepared = dict[str, MatrixQueries | VectorQueries]
+
+# Terms of a first look, and the part of the tolerance that is aimed at: what is measured in the end
+# is an upper limit.
+_ROUGH, _AIM = 12, 0.6
+_PILOT = 1024
+_ATTEMPTS = 4
+
+
+def take(gradients: Gradients, part: Tensor) -> Gradients:
+    """The gradients of some of the examples."""
+    if isinstance(gradients, VectorGradients):
+        return VectorGradients(gradients.block, gradients.values[part])
+    return MatrixGradients(gradients.block, gradients.inputs[part], gradients.grads[part])
+
+
+def _of_one_shape(pieces: Sequence[Gradients]) -> bool:
+    vectors = isinstance(pieces[0], VectorGradients)
+    return vectors or len({piece.grads.shape[1] for piece in pieces}) == 1  # type: ignore[union-attr]
+
+
+def _joined(pieces: Sequence[Gradients]) -> Gradients:
+    first = pieces[0]
+    if isinstance(first, VectorGradients):
+        return VectorGradients(first.block, torch.cat([p.values for p in pieces]))  # type: ignore[union-attr]
+    inputs, grads = zip(*((p.inputs, p.grads) for p in pieces), strict=True)  # type: ignore[union-attr]
+    return MatrixGradients(first.block, torch.cat(inputs), torch.cat(grads))
+
+
+def norms_squared(gradients: Gradients) -> Tensor:
+    """Squared norms of the gradients of every example, ``[b]``."""
+    if isinstance(gradients, VectorGradients):
+        return gradients.values.square().sum(1)
+    g, t = gradients.grads, gradients.grads.shape[1]
+    if gradients.one_hot or g.shape[2] * gradients.block.m < t * (g.shape[2] + gradients.block.m):
+        return torch.cat([part.dense().square().sum(1) for part in gradients.chunks()])
+    a = gradients.inputs
+    if t == 1:
+        return g[:, 0].square().sum(1) * a[:, 0].square().sum(1)
+    return (torch.bmm(g, g.mT) * torch.bmm(a, a.mT)).sum((1, 2))
+
+
+class Layered:
+    """One run over queries and training examples.
+
+    Args:
+        objective: of the training data.
+        inverses: of every block.
+        tolerance: relative error that the separable form may cost; 0 for exact scores.
+        rows: the training examples that are scored, ascending.
+        run: where finished pieces are.
+        parts: keep the scores of every block.
+        say: progress.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        inverses: Inverses,
+        tolerance: float,
+        rows: Tensor,
+        run: Run,
+        parts: bool,
+        say: Say,
+    ) -> None:
+        self.objective, self.inverses, self.tolerance = objective, inverses, tolerance
+        self.rows, self.run, self.say = rows.to(objective.device), run, say
+        self.factored = FactoredGradients(objective)
+        self.names = tuple(inverses) if parts else ()
+        self.norms = torch.zeros(len(rows), dtype=objective.dtype, device=objective.device)
+
+    def scores(self, asked: Objective) -> tuple[Tensor, Tensor | None, Truncation | None]:
+        """Scores ``[Q, N]``, parts ``[M, Q, N]``, and what the separable form cost."""
+        places, groups = self._prepare(asked)
+        tolerance = self.tolerance
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
+            terms = self._choose_terms(groups, 0.0 if last else tolerance)
+            values, parts = self._pass(groups, f"scores-{attempt}")
+            truncation = self._measure(groups, values, terms) if terms else None
+            if truncation is None or truncation.upper <= self.tolerance:
+                break
+            tolerance *= 0.8 * self.tolerance / truncation.upper
+        result = asked.in_order(list(zip(places, values.split(_sizes(places)), strict=True)))
+        if parts is not None:
+            parts = torch.stack(
+                [
+                    asked.in_order(list(zip(places, p.split(_sizes(places)), strict=True)))
+                    for p in parts
+                ]
+            )
+        return result, parts, truncation
+
+    # -------------------------------------------------------------- queries
+
+    def _prepare(self, asked: Objective) -> tuple[list[Tensor], list[Prepared]]:
+        places, groups = [], []
+        for batch in FactoredGradients(asked, dense=self.factored.dense).passes("queries"):
+            prepared: Prepared = {}
+            for name, gradients in batch.blocks.items():
+                prepared[name] = self._queries(name, gradients)
+            places.append(batch.rows)
+            groups.append(prepared)
+        return places, groups
+
+    def _queries(self, name: str, gradients: Gradients) -> MatrixQueries | VectorQueries:
+        inverse = self.inverses.get(name)
+        if isinstance(inverse, EigenBlock) and isinstance(gradients, MatrixGradients):
+            return MatrixQueries(inverse, gradients)
+        if isinstance(inverse, VectorInverse) and isinstance(gradients, VectorGradients):
+            return VectorQueries(inverse, gradients)
+        raise DataError(
+            f"the queries use {name!r} in another way than the training data ({type(gradients)}"
+            f" and {type(inverse)}); measure the same outputs of the same model"
+        )
+
+    # ---------------------------------------------------------------- terms
+
+    def _choose_terms(self, groups: Sequence[Prepared], tolerance: float) -> dict[str, int]:
+        """Give every block as many terms as the tolerance needs on a few training examples."""
+        for group in groups:
+            for query in group.values():
+                query.forget_terms()
+        if tolerance <= 0 or len(groups) != 1:
+            return {}  # several batches of queries may be of several shapes: exact
+        batch = self._pilot()
+        spectra: dict[str, Spectrum] = {}
+        for name, query in groups[0].items():
+            gradients = batch.get(name)
+            if isinstance(query, MatrixQueries) and isinstance(gradients, MatrixGradients):
+                found = query.decompose(gradients)
+                if found is not None:
+                    spectra[name] = found
+                    query.use_terms(found, min(_ROUGH, len(found.values)))
+        draw = Draw.of(_total(_each(groups[0], batch))) if spectra else None
+        if draw is None:
+            return {}
+        pilot = {name: take(gradients, draw.unique) for name, gradients in batch.items()}
+        exact = _each(groups[0], pilot, exact=True)
+        weights = draw.weights()
+        allowed = (_AIM * tolerance) ** 2 * float((_total(exact).double().square() @ weights).sum())
+        errors, costs = {}, {}
+        for name, found in spectra.items():
+            query, sample = groups[0][name], pilot[name]
+            assert isinstance(query, MatrixQueries)  # it has a spectrum
+            assert isinstance(sample, MatrixGradients)
+            errors[name] = query.errors(found, sample, exact[name], weights)
+            costs[name] = len(found.left) + len(found.right)
+        terms = allocate(errors, costs, allowed)
+        for name, query in groups[0].items():
+            query.forget_terms()
+            if name in terms and query.pays(terms[name]):
+                assert isinstance(query, MatrixQueries)  # it has a spectrum
+                query.use_terms(spectra[name], terms[name])
+        return {name: count for name, count in terms.items() if groups[0][name].pays(count)}
+
+    def _pilot(self) -> dict[str, Gradients]:
+        """Gradients of training examples from all over the data, which may be in any order."""
+        generator = torch.Generator(self.rows.device).manual_seed(0)
+        order = torch.randperm(len(self.rows), generator=generator, device=self.rows.device)
+        subset = rows_of_data(self.objective, self.rows[order[:_PILOT]])
+        few = self.objective.with_data([data for _, data in subset])
+        found: dict[str, list[Gradients]] = {}
+        for batch in FactoredGradients(few, dense=self.factored.dense).passes("pilot"):
+            for name, gradients in batch.blocks.items():
+                found.setdefault(name, []).append(gradients)
+        return {name: _joined(pieces) for name, pieces in found.items() if _of_one_shape(pieces)}
+
+    # ----------------------------------------------------------------- pass
+
+    def _pass(self, groups: Sequence[Prepared], name: str) -> tuple[Tensor, Tensor | None]:
+        count = sum(_width(group) for group in groups)
+        values = self.norms.new_zeros(count, len(self.rows))
+        parts = self.norms.new_zeros(len(self.names), count, len(self.rows))
+        start, done = self._restored(name, values, parts)
+        last = time.monotonic()
+        factor = -1 / self.objective.num_examples
+        for batch in self.factored.passes("scores", start):
+            wanted = torch.isin(batch.rows, self.rows)
+            blocks = batch.blocks
+            if not bool(wanted.all()):
+                index = wanted.nonzero().squeeze(1)
+                blocks = {key: take(gradients, index) for key, gradients in blocks.items()}
+            columns = torch.searchsorted(self.rows, batch.rows[wanted])
+            if len(columns):
+                found = [_each(group, blocks) for group in groups]
+                values[:, columns] = factor * torch.cat([_total(one) for one in found])
+                for part, key in zip(parts, self.names, strict=True):
+                    piece = [one.get(key, torch.zeros_like(_total(one))) for one in found]
+                    part[:, columns] = factor * torch.cat(piece)
+                squares = torch.stack([norms_squared(part) for part in blocks.values()]).sum(0)
+                self.norms[columns] = squares.sqrt()
+            done += len(columns)
+            self.say("scoring the training examples", done / len(self.rows))
+            if time.monotonic() - last >= SECONDS_BETWEEN_PIECES or done == len(self.rows):
+                tensors = {"values": values, "parts": parts, "norms": self.norms}
+                self.run.keep(name, tensors, {"batches": batch.index + 1, "done": done})
+                last = time.monotonic()
+            if done == len(self.rows):
+                break
+        return values, parts if self.names else None
+
+    def _restored(self, name: str, values: Tensor, parts: Tensor) -> tuple[int, int]:
+        kept = self.run.load(name)
+        if kept is None:
+            return 0, 0
+        tensors, words = kept
+        values.copy_(tensors["values"])
+        parts.copy_(tensors["parts"])
+        self.norms.copy_(tensors["norms"])
+        return int(words["batches"]), int(words["done"])
+
+    # ---------------------------------------------------------- certificate
+
+    def _measure(
+        self, groups: Sequence[Prepared], values: Tensor, terms: Mapping[str, int]
+    ) -> Truncation:
+        """Exact scores of some examples beside the approximate ones."""
+        draw = Draw.of(values)
+        if draw is None:
+            return Truncation(0.0, 0.0, 0, terms)
+        wanted = self.rows[draw.unique]
+        exact = values.new_zeros(len(values), len(wanted))
+        subset = rows_of_data(self.objective, wanted)
+        order = torch.cat([rows for rows, _ in subset])
+        few = self.objective.with_data([data for _, data in subset])
+        column = 0
+        for batch in FactoredGradients(few, dense=self.factored.dense).passes("certificate"):
+            found = torch.cat([_total(_each(group, batch.blocks, exact=True)) for group in groups])
+            rows = order[column : column + batch.size]
+            exact[:, torch.searchsorted(wanted, rows)] = found / -self.objective.num_examples
+            column += batch.size
+        return draw.truncation(exact, values[:, draw.unique], terms)
+
+
+def _sizes(places: Sequence[Tensor]) -> list[int]:
+    return [len(part) for part in places]
+
+
+def _width(group: Prepared) -> int:
+    first = next(iter(group.values()))
+    return len(first.solved if isinstance(first, VectorQueries) else first.g)
+
+
+def _each(
+    group: Prepared, blocks: Mapping[str, Gradients], *, exact: bool = False
+) -> dict[str, Tensor]:
+    """Scores of every block that the queries and the examples share, ``[Q, b]``."""
+    found = {}
+    for name, query in group.items():
+        if name in blocks:
+            way = query.exact if exact else query.scores
+            found[name] = way(blocks[name])  # type: ignore[arg-type]
+    if not found:
+        raise DataError("the queries and the training data use no parameter in common")
+    return found
+
+
+def _total(found: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(found.values())).sum(0)
+
+
+def rows_of_data(objective: Objective, wanted: Tensor) -> list[tuple[Tensor, object]]:
+    """Places and data of some rows, batch by batch, in the form that the batches have."""
+    found: list[tuple[Tensor, object]] = []
+    for batch in objective.batches("chosen rows"):
+        places = batch.places().to(wanted.device)
+        index = torch.isin(places, wanted).nonzero().squeeze(1)
+        if not len(index):
+            continue
+        leaves, structure = tree_flatten(batch.data)
+        parts = [
+            leaf[index.to(leaf.device)]
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch.size
+            else leaf
+            for leaf in leaves
+        ]
+        found.append((places[index], tree_unflatten(parts, structure)))
+    return found
+
+
+def layered_self_scores(objective: Objective, inverses: Inverses, run: Run, say: Say) -> Tensor:
+    """Scores of every training example for its own loss, ``[N]``."""
+    values = torch.zeros(objective.num_examples, dtype=objective.dtype, device=objective.device)
+    start, done = 0, 0
+    if (kept := run.load("self")) is not None:
+        values.copy_(kept[0]["values"])
+        start, done = int(kept[1]["batches"]), int(kept[1]["done"])
+    last = time.monotonic()
+    if done == len(values):
+        return values
+    for batch in FactoredGradients(objective).passes("self-influence", start):
+        for name, gradients in batch.blocks.items():
+            found = inverses[name].self_scores(gradients)  # type: ignore[arg-type]
+            values[batch.rows] -= found / objective.num_examples
+        done += batch.size
+        say("self-influence", done / len(values))
+        if time.monotonic() - last >= SECONDS_BETWEEN_PIECES or done == len(values):
+            run.keep("self", {"values": values}, {"batches": batch.index + 1, "done": done})
+            last = time.monotonic()
+    return values
