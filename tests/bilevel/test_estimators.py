@@ -7,7 +7,7 @@ import torch
 from tests.bilevel.problems import T0, N
 from torch import Tensor
 
-from woodbury import CG, Cholesky, Neumann, Nystrom
+from woodbury import CG, Cholesky, Dense, Neumann, Nystrom, inverse
 from woodbury.bilevel import (
     Bilevel,
     FiniteDifference,
@@ -91,6 +91,26 @@ def test_the_damped_inverses_meet_their_bound(t0: T0) -> None:
         torch.testing.assert_close(found.value, t0.exact(damped), rtol=1e-8, atol=1e-10)
         bound = damping / (smallest * (smallest + damping)) * a * largest
         assert (found.value - t0.exact()).norm().item() <= 1.001 * bound + 1e-10
+
+
+@pytest.mark.parametrize("terms", [0, 1, 4])
+def test_any_approximate_inverse_is_an_estimator_by_itself_and_with_terms(
+    t0: T0, terms: int
+) -> None:
+    """M in the place of H^-1 (K-FAC, say): I - (I - M H)^(K + 1) times H^-1, exact for M = H^-1."""
+    eye = torch.eye(N).double()
+    for damping in (0.0, 0.1):
+        B = Dense(t0.H + damping * eye, tags={"positive_definite"})
+        recipe = Neumann(terms, step=1.0, preconditioner=inverse(B, Cholesky()))
+        found = estimate_hypergradient(problem_of(t0), recipe)
+        M = torch.linalg.inv(t0.H + damping * eye)
+        left = torch.linalg.matrix_power(eye - M @ t0.H, terms + 1)
+        stands_for = (eye - left) @ torch.linalg.inv(t0.H)
+        torch.testing.assert_close(found.value, t0.exact(stands_for), rtol=1e-8, atol=1e-10)
+        assert found.solution is not None
+        a = t0.C.T @ (t0.C @ t0.w_star - t0.e)
+        residual = (a - t0.H @ found.solution.value).norm() / a.norm()
+        assert float(found.solution.residual) == pytest.approx(residual.item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("recipe", [CG(rtol=1e-10), Cholesky(), None])

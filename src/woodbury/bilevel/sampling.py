@@ -38,7 +38,8 @@ class Sampler:
         ArgumentError: ``batch_size`` is not one of these, or more than there are rows.
         DataError: rows are asked for of data that is not in memory.
 
-    Cost: with ``batch_size=B`` and data of several batches, one copy of the data.
+    Cost: data in memory is held on the device of the parameters; with ``batch_size=B`` and data of
+    several batches, one more copy of it.
 
     Example:
         >>> import torch
