@@ -9,6 +9,8 @@
   :class:`Anderson`, :class:`BlockCoordinateDescent`, :class:`MirrorDescent`,
   :class:`LevenbergMarquardt`, :class:`Broyden`: solvers, for batches; :class:`DeepEquilibrium`: a
   layer.
+- :class:`SteadyState`: where an ordinary differential equation comes to rest.
+- :func:`least_squares`, :func:`linear_program`, :func:`quadratic_program`: layers.
 - :func:`newton_cg`: minimise an objective by line-search Newton with conjugate gradients.
 - :func:`stationary`, :func:`kkt`, :func:`projected_gradient`, :func:`proximal_gradient` and others:
   what holds at solutions; with projections (``project_*``) and proximal operators (``prox_*``).
@@ -36,6 +38,8 @@ from woodbury.implicit.equilibrium import DeepEquilibrium
 from woodbury.implicit.iteration import Found, InnerSolver, IterationStatus
 from woodbury.implicit.lbfgs import LBFGS
 from woodbury.implicit.levenberg_marquardt import LevenbergMarquardt
+from woodbury.implicit.linear_least_squares import least_squares
+from woodbury.implicit.linear_programs import linear_program
 from woodbury.implicit.link import WarmStart
 from woodbury.implicit.mirror import MirrorDescent
 from woodbury.implicit.modes import Implicit, Mode, OneStep, Phantom, Truncated, Unrolled
@@ -69,6 +73,7 @@ from woodbury.implicit.proxes import (
 )
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.implicit.stationarity import Stationarity, StationarityWarning, stationarity
+from woodbury.implicit.steady_state import SteadyState
 from woodbury.implicit.truncated_newton import NewtonCG
 
 __all__ = [
@@ -97,6 +102,7 @@ __all__ = [
     "QuadraticProgramStatus",
     "Stationarity",
     "StationarityWarning",
+    "SteadyState",
     "Truncated",
     "Unrolled",
     "WarmStart",
@@ -108,6 +114,8 @@ __all__ = [
     "implicit_jvp",
     "implicit_vjp",
     "kkt",
+    "least_squares",
+    "linear_program",
     "minimize",
     "mirror_descent",
     "newton_cg",

@@ -1,4 +1,4 @@
-"""Mehrotra's interior-point method for batches of convex quadratic programs, dense, in float64."""
+"""Mehrotra's interior-point method for batches of convex quadratic programs, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["interior_point"]
+__all__ = ["Problem", "follow", "interior_point"]
+
+Solver = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _RIDGE = 1e-11  # of the factorised matrix, taken out again by refinement
 _CERTIFICATE = 1e-8  # how well a proof of infeasibility must hold
@@ -23,16 +25,24 @@ def interior_point(
     *,
     tol: float,
     max_steps: int,
+    barrier: float = 0.0,
 ) -> tuple[Tensor, int]:
     """``[..., n + p + m + 3]``: ``z``, multipliers, status, residual, margin; and the steps taken.
 
-    The status is 0 (optimal), 1 (infeasible), 2 (unbounded) or 3 (not reached).
+    The status is 0 (optimal), 1 (infeasible), 2 (unbounded) or 3 (not reached). With a ``barrier``
+    it ends on the central path, where every slack times its multiplier is that.
     """
     batch, n, p, m = q.shape[:-1], q.shape[-1], b.shape[-1], h.shape[-1]
     count = batch.numel()
     P, A, G = (M.reshape(count, *M.shape[-2:]) for M in (P, A, G))
     q, b, h = (v.reshape(count, v.shape[-1]) for v in (q, b, h))
-    problem = _Problem(P, q, A, b, G, h)
+    found, steps = follow(Problem(P, q, A, b, G, h, barrier), tol, max_steps)
+    return found.reshape(*batch, n + p + m + 3), steps
+
+
+def follow(problem: Problem, tol: float, max_steps: int) -> tuple[Tensor, int]:
+    """What :func:`interior_point` finds, as rows, and its steps."""
+    q, h = problem.q, problem.h
     z, nu, s, lam = problem.start()
     best = [z, nu, lam]
     status = torch.full((len(q),), 3, device=q.device)
@@ -62,25 +72,40 @@ def interior_point(
         )
         steps = step + 1
     z, nu, lam = best
-    slack = h - _times(G, z)
-    margin = torch.maximum(lam, slack).amin(-1) if m else torch.full_like(least, torch.inf)
+    slack = h - problem.G_times(z)
+    margin = torch.full_like(least, torch.inf)
+    if problem.m:
+        margin = torch.maximum(lam, slack).amin(-1)
     report = torch.stack([status.to(q.dtype), least, margin], -1)
-    return torch.cat([z, nu, lam, report], -1).reshape(*batch, n + p + m + 3), steps
+    return torch.cat([z, nu, lam, report], -1), steps
 
 
-class _Problem:
+class Problem:
     """The data of a batch, and what one step of the method does with it."""
 
-    def __init__(self, P: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> None:
+    def __init__(
+        self, P: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, barrier: float
+    ) -> None:
+        self.barrier = barrier
         self.P, self.q, self.A, self.b, self.G, self.h = P, q, A, b, G, h
         self.n, self.p, self.m = q.shape[-1], b.shape[-1], h.shape[-1]
 
+    def P_times(self, z: Tensor) -> Tensor:
+        """``P z``."""
+        return _times(self.P, z)
+
+    def A_times(self, z: Tensor, *, transposed: bool = False) -> Tensor:
+        """``A z``, or ``A^T z``."""
+        return _times(self.A.mT if transposed else self.A, z)
+
+    def G_times(self, z: Tensor, *, transposed: bool = False) -> Tensor:
+        """``G z``, or ``G^T z``."""
+        return _times(self.G.mT if transposed else self.G, z)
+
     def start(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The minimum with the inequalities as a penalty, moved inside."""
-        ones = torch.ones_like(self.h)
-        solve = self.factorised(ones)
-        z, nu = solve(-self.q + _times(self.G.mT, self.h), self.b)
-        slack = self.h - _times(self.G, z)
+        z, nu, _ = self.factorised(torch.ones_like(self.h))(-self.q, self.b, self.h)
+        slack = self.h - self.G_times(z)
         if not self.m:
             return z, nu, slack, slack
         low = (-slack).amax(-1, keepdim=True)
@@ -93,14 +118,17 @@ class _Problem:
         self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The largest relative violation, and whether infeasibility or unboundedness is proved."""
-        Pz, Az, Gz = _times(self.P, z), _times(self.A, z), _times(self.G, z)
-        An, Gl = _times(self.A.mT, nu), _times(self.G.mT, lam)
+        Pz, Az, Gz = self.P_times(z), self.A_times(z), self.G_times(z)
+        An, Gl = self.A_times(nu, transposed=True), self.G_times(lam, transposed=True)
         dual = _size(Pz + self.q + An + Gl) / (1 + _largest(Pz, self.q, An, Gl))
         equal = _size(Az - self.b) / (1 + _largest(Az, self.b))
         over = _size((Gz - self.h).clamp_min(0)) / (1 + _largest(Gz, self.h))
         objective = (z * Pz).sum(-1) / 2 + (self.q * z).sum(-1)
         against = (self.b * nu).sum(-1) + (self.h * lam).sum(-1)
         gap = ((z * Pz).sum(-1) + (self.q * z).sum(-1) + against).abs() / (1 + objective.abs())
+        if self.barrier:
+            over = _size(Gz + s - self.h) / (1 + _largest(Gz, self.h))
+            gap = _size(s * lam / self.barrier - 1)
         residual = torch.stack([dual, equal, over, gap]).amax(0)
         # Farkas: A'nu + G'lam = 0 with b'nu + h'lam < 0 (lam > 0 by construction).
         empty = (against < 0) & (_size(An + Gl) <= _CERTIFICATE * -against)
@@ -111,16 +139,15 @@ class _Problem:
 
     def step(self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         """A predictor, a corrector, and as far along it as slacks stay positive."""
-        dual = _times(self.P, z) + self.q + _times(self.A.mT, nu) + _times(self.G.mT, lam)
-        equal = _times(self.A, z) - self.b
-        over = _times(self.G, z) + s - self.h
+        dual = self.P_times(z) + self.q
+        dual = dual + self.A_times(nu, transposed=True) + self.G_times(lam, transposed=True)
+        equal = self.A_times(z) - self.b
+        over = self.G_times(z) + s - self.h
         solve = self.factorised(lam / s)
 
         def direction(product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            right = -dual - _times(self.G.mT, (lam * over - product) / s)
-            dz, dnu = solve(right, -equal)
-            ds = -over - _times(self.G, dz)
-            return dz, dnu, ds, (-product - lam * ds) / s
+            dz, dnu, dlam = solve(-dual, -equal, product / lam - over)
+            return dz, dnu, -over - self.G_times(dz), dlam
 
         if not self.m:
             dz, dnu, _, _ = direction(s)
@@ -129,14 +156,20 @@ class _Problem:
         _, _, ds, dlam = direction(s * lam)
         length = torch.minimum(_room(s, ds), _room(lam, dlam))
         ahead = ((s + length * ds) * (lam + length * dlam)).mean(-1, keepdim=True)
-        centre = (ahead / mu).clamp(0, 1) ** 3 * mu
-        dz, dnu, ds, dlam = direction(s * lam + ds * dlam - centre)
+        centre = ((ahead / mu).clamp(0, 1) ** 3 * mu).clamp_min(self.barrier)
+        # Near the end of a path that stops at the barrier plain Newton steps end on it.
+        near = mu <= 10 * self.barrier
+        product = torch.where(near, s * lam - self.barrier, s * lam + ds * dlam - centre)
+        dz, dnu, ds, dlam = direction(product)
         length = torch.minimum(_room(s, ds), _room(lam, dlam))
         length = (0.995 * length).clamp(max=1)
         return z + length * dz, nu + length * dnu, s + length * ds, lam + length * dlam
 
-    def factorised(self, weights: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A solver of ``[[P + G' W G, A'], [A, 0]]``, refined against the matrix without ridge."""
+    def factorised(self, weights: Tensor) -> Solver:
+        """A solver of ``[[P, A', G'], [A, 0, 0], [G, 0, -1/W]]``.
+
+        By ``[[P + G' W G, A'], [A, 0]]``, refined against the matrix without ridge.
+        """
         top = self.P + self.G.mT @ (weights.unsqueeze(-1) * self.G)
         corner = self.q.new_zeros(len(self.q), self.p, self.p)
         K = torch.cat([torch.cat([top, self.A.mT], -1), torch.cat([self.A, corner], -1)], -2)
@@ -144,13 +177,14 @@ class _Problem:
         sign = torch.cat([torch.ones(self.n), -torch.ones(self.p)]).to(K)
         factors = torch.linalg.lu_factor_ex(K + torch.diag_embed(ridge * sign))[:2]
 
-        def solve(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        def solve(first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            first = first + _times(self.G.mT, weights * third)
             right = torch.cat([first, second], -1).unsqueeze(-1)
             x = torch.linalg.lu_solve(*factors, right)
             for _ in range(3):
                 x = x + torch.linalg.lu_solve(*factors, right - K @ x)
             one, two = x.squeeze(-1).split([self.n, self.p], -1)
-            return one, two
+            return one, two, weights * (_times(self.G, one) - third)
 
         return solve
 

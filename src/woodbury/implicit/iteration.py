@@ -36,6 +36,10 @@ class IterationStatus(Enum):
         "no step lowers the objective any more, above the tolerance: use float64, loosen tol, or "
         "check that the objective is differentiable there"
     )
+    unstable = (
+        "a steady state was found that small disturbances leave: start elsewhere, or say "
+        "stability=False where it is meant"
+    )
     diverged = (
         "the iterates left the range of numbers: lower the step, or check that there is a solution"
     )

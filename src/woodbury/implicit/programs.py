@@ -18,8 +18,10 @@ from woodbury.errors import (
 )
 from woodbury.implicit.interior_point import interior_point
 from woodbury.implicit.projections.common import observe
+from woodbury.implicit.sparse_programs import sparse_program
+from woodbury.operators import LinearOperator, Sparse
 
-__all__ = ["QuadraticProgram", "QuadraticProgramStatus", "quadratic_program"]
+__all__ = ["QuadraticProgram", "QuadraticProgramStatus", "quadratic_program", "solve_program"]
 
 
 class QuadraticProgramStatus(Enum):
@@ -95,11 +97,11 @@ class QuadraticProgram:
 
 
 def quadratic_program(
-    P: Tensor,
+    P: Tensor | Sparse,
     q: Tensor,
-    A: Tensor | None = None,
+    A: Tensor | Sparse | None = None,
     b: Tensor | None = None,
-    G: Tensor | None = None,
+    G: Tensor | Sparse | None = None,
     h: Tensor | None = None,
     *,
     tol: float = 1e-9,
@@ -116,8 +118,13 @@ def quadratic_program(
     $\bar b = d_\nu$, $\bar A = -\nu d_z^T - d_\nu z^T$, $\bar h = \lambda \odot d_\lambda$,
     $\bar G = -\lambda d_z^T - (\lambda \odot d_\lambda) z^T$. It can be differentiated again.
 
+    Matrices that are :class:`~woodbury.Sparse`, all that are given, make it sparse, one problem on
+    the CPU: each step factorises the Karush-Kuhn-Tucker matrix by SuperLU, and derivatives are with
+    respect to the stored values, in reverse mode, of any order.
+
     Args:
-        P: symmetric positive semidefinite ``[..., n, n]``; zero for a linear program.
+        P: symmetric positive semidefinite ``[..., n, n]``; zero for a linear program. A sparse one
+            stores both triangles.
         q: ``[..., n]``.
         A: equations ``[..., p, n]``, or ``None``.
         b: ``[..., p]``, with ``A``.
@@ -157,34 +164,70 @@ def quadratic_program(
         >>> q.grad.round(decimals=4).abs()
         tensor([1., 0.])
     """
-    given = _checked(P, q, A, b, G, h)
+    return solve_program(P, q, A, b, G, h, tol=tol, max_steps=max_steps, throw=throw)
+
+
+def solve_program(
+    P: Tensor | Sparse,
+    q: Tensor,
+    A: Tensor | Sparse | None,
+    b: Tensor | None,
+    G: Tensor | Sparse | None,
+    h: Tensor | None,
+    *,
+    tol: float,
+    max_steps: int,
+    throw: bool,
+    barrier: float = 0.0,
+) -> QuadraticProgram:
+    """:func:`quadratic_program`, or the point of its central path at the ``barrier``.
+
+    There the equations that are differentiated are the same, up to a constant.
+    """
     if not tol > 0 or max_steps < 1:
         raise ArgumentError(f"tol is {tol} and max_steps {max_steps}; both must be positive")
+    for one, other, names in ((A, b, "A and b"), (G, h, "G and h")):
+        if (one is None) != (other is None):
+            raise ArgumentError(f"{names} belong together: give both or neither")
+    if any(isinstance(M, LinearOperator) for M in (P, A, G)):
+        z, nu, lam, report, count = sparse_program(P, q, A, b, G, h, tol=tol, max_steps=max_steps)
+        return _result(z, nu, lam, report, count, q.dtype, throw, max_steps)
+    given = _checked(P, q, A, b, G, h)  # type: ignore[arg-type]  # tensors by now
     doubles = [t.double() for t in given]
     n, p, m = given[1].shape[-1], given[3].shape[-1], given[5].shape[-1]
     steps = [0]
 
     def search(*plain: Tensor) -> Tensor:
-        found, steps[0] = interior_point(*plain, tol=tol, max_steps=max_steps)
+        found, steps[0] = interior_point(*plain, tol=tol, max_steps=max_steps, barrier=barrier)
         return found
 
     packed = observe(search, *doubles)
     z, nu, lam, report = packed.split([n, p, m, 3], -1)
     z, nu, lam = _Attached.apply(z, nu, lam, *doubles)
-    codes = report[..., 0].long()
-    dtype = q.dtype
-    result = QuadraticProgram(
+    return _result(z, nu, lam, report, steps[0], q.dtype, throw, max_steps)
+
+
+def _result(
+    z: Tensor,
+    nu: Tensor,
+    lam: Tensor,
+    report: Tensor,
+    steps: int,
+    dtype: torch.dtype,
+    throw: bool,
+    max_steps: int,
+) -> QuadraticProgram:
+    if throw:
+        observe(lambda c: _raise(c, max_steps), report)
+    return QuadraticProgram(
         value=z.to(dtype),
         equality=nu.to(dtype),
         inequality=lam.to(dtype),
-        codes=codes,
+        codes=report[..., 0].long(),
         residual=report[..., 1],
         margin=report[..., 2],
-        steps=steps[0],
+        steps=steps,
     )
-    if throw:
-        observe(lambda c: _raise(c, max_steps), report)
-    return result
 
 
 def _raise(report: Tensor, max_steps: int) -> Tensor:
@@ -205,9 +248,6 @@ def _checked(
     P: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None
 ) -> list[Tensor]:
     """All six arguments, empty ones for what is missing, broadcast to one batch."""
-    for one, other, names in ((A, b, "A and b"), (G, h, "G and h")):
-        if (one is None) != (other is None):
-            raise ArgumentError(f"{names} belong together: give both or neither")
     named = {"P": P, "q": q, "A": A, "b": b, "G": G, "h": h}
     present = {name: t for name, t in named.items() if t is not None}
     for name, t in present.items():
