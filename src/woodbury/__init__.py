@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from woodbury import errors
     from woodbury.apps.clean import clean
-    from woodbury.bilevel import check_hypergradient, hypergradient
+    from woodbury.bilevel import HyperLearner, check_hypergradient, hypergradient
     from woodbury.curvature import (
         EKFAC,
         KFAC,
@@ -104,6 +104,7 @@ _HOME = {
     "GradientBuffer": "curvature",
     "GradientWindow": "curvature",
     "Hessian": "curvature",
+    "HyperLearner": "bilevel",
     "Identity": "operators",
     "IncompleteCholesky": "solvers",
     "IncompleteLU": "solvers",
@@ -195,6 +196,7 @@ __all__ = [
     "GradientBuffer",
     "GradientWindow",
     "Hessian",
+    "HyperLearner",
     "Identity",
     "IncompleteCholesky",
     "IncompleteLU",

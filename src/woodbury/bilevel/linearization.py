@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from woodbury.bilevel.oracles import Joint
 from woodbury.bilevel.parts import Parts, leaves, rows_of
@@ -64,7 +65,12 @@ class BatchLinearization(Linearization):
         problem.counts.inner_gradients += self.size
         self.gradient = problem.flat_params(by_name)
         # A parameter in which the loss is linear has a gradient that depends on nothing.
-        self.roots = {n: p for n, p in by_name.items() if p is not None and p.requires_grad}
+        # Edges into the graph are enough: the gradient itself is flat above.
+        self.roots = {
+            name: get_gradient_edge(part)
+            for name, part in by_name.items()
+            if part is not None and part.requires_grad
+        }
         self.hessian = _BatchHessian(self)
 
     def joint(self, v: Tensor) -> Joint:

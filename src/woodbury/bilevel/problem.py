@@ -313,7 +313,8 @@ class Bilevel:
         of_params = dict(zip(params, sums[: len(params)], strict=True))
         self.require_used(level, of_params)
         flat = self.flat_params(of_params)
-        bad = int((~torch.isfinite(flat)).sum())
+        # A sum is finite where all entries are, but for an overflow: then they are looked at.
+        bad = 0 if torch.isfinite(flat.sum()) else int((~torch.isfinite(flat)).sum())
         if bad:
             raise NonFiniteError(
                 f"{bad} of {flat.numel()} entries of the {level} gradient are NaN or infinite"

@@ -117,7 +117,7 @@ class Neumann(Recipe):
         V = B
         X = Z = B if precondition is None else precondition(B)
         for _ in range(self.terms):
-            V = V - state.step * (A @ Z.to(A.dtype)).to(V.dtype)
+            V = V.sub((A @ Z.to(A.dtype)).to(V.dtype), alpha=state.step)
             Z = V if precondition is None else precondition(V)
             X = X + Z
         return state.step * X

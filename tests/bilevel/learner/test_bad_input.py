@@ -46,6 +46,7 @@ RATES = torch.optim.SGD(MODEL.parameters(), lr=0.1)
 CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative decay": (lambda: WeightDecay(MODEL, -1.0), ArgumentError, "initial is -1.0"),
     "zero decay": (lambda: WeightDecay(MODEL, 0.0), ArgumentError, "give 1e-8"),
+    "beyond largest": (lambda: WeightDecay(MODEL, 1.0, largest=0.5), ArgumentError, "is 0.5"),
     "unknown per": (lambda: WeightDecay(MODEL, per="layer"), ArgumentError, "'weight', 'tensor'"),
     "unknown name": (lambda: WeightDecay(MODEL, params=["w"]), ArgumentError, "no parameter"),
     "no examples": (lambda: ExampleWeights(0), ArgumentError, "count is 0"),

@@ -323,3 +323,27 @@ def test_float32_and_weights_that_no_batch_holds() -> None:
     found = gradient["ExampleWeights.logits"]
     assert found.dtype == torch.float32
     assert torch.equal(found != 0, torch.tensor([False, True, False, True, False]))
+
+
+def test_a_model_of_a_single_parameter_whose_hessian_is_the_identity() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w - x
+
+    model = Shift()
+    decay = WeightDecay(model, 0.5)
+    learner = HyperLearner(
+        model, lambda out, y: 0.5 * out.square().sum(1), decay, recipe=Neumann(1, step=0.5)
+    )
+    batch = torch.zeros(1, 2).double(), torch.zeros(1)
+    report = learner.hypergradient(batch, batch)
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    q = 0.5 * (w + (w - 0.5 * 1.5 * w))
+    torch.testing.assert_close(report.value["WeightDecay.log_decay"], -0.5 * w * q)
+    assert report.residual == pytest.approx(0.25**2)
+    assert report.stationarity == pytest.approx(1.5 * w.norm().item())
+    assert torch.equal(model.w.detach(), w)

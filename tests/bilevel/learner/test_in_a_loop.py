@@ -347,3 +347,19 @@ def test_weights_of_examples_fall_where_labels_are_wrong() -> None:
             learner.step((v, (v[:, 0] > 0).long()))
     assert weights.weights()[wrong].mean() < 0.2 < 0.6 < weights.weights()[~wrong].mean()
     assert (correction.labels() == y).float().mean() > 0.9
+
+
+def test_decays_stay_below_their_bound() -> None:
+    train, valid = data()
+    model = nn.Linear(4, CLASSES)
+    decay = WeightDecay(model, 0.4, largest=0.5)
+    learner = HyperLearner(
+        model, "cross_entropy", decay, recipe=Neumann(1, step=0.1),
+        hyper_optimizer=partial(torch.optim.SGD, lr=1e3),
+    )  # fmt: skip
+    gradient = learner.hypergradient(valid, train.tensors).value["WeightDecay.log_decay"]
+    learner.step(valid, train.tensors)
+    wanted = (torch.tensor(0.4).log() - 1e3 * gradient).clamp(max=torch.tensor(0.5).log())
+    torch.testing.assert_close(decay.log_decay.data, wanted)
+    assert (wanted < torch.tensor(0.5).log()).any()
+    assert (wanted == torch.tensor(0.5).log()).any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +20,9 @@ from woodbury.curvature.batches import Batch
 from woodbury.errors import ArgumentError, GradientError, NonFiniteError, SolveError
 from woodbury.operators import Diagonal, LinearOperator
 from woodbury.solvers import Neumann, Recipe, Solution, SolveStatus, solve
+from woodbury.solvers.neumann import NeumannState
 from woodbury.solvers.solve import SolveWarning
+from woodbury.spaces import Space
 
 __all__ = ["Adjoint", "with_rates"]
 
@@ -59,13 +61,8 @@ class Adjoint:
         self.value, self.gradient = self.local.value, self.local.gradient
         self.hessian: LinearOperator = self.local.hessian
         if decays:
-            diagonal = torch.zeros_like(self.gradient)
-            views = problem.space.unflatten(diagonal)
-            for decay in decays.values():
-                for name, strength in decay.decays().items():
-                    views[name].add_(strength)
-            self.gradient = torch.addcmul(self.gradient, diagonal, problem.params_vector())
-            self.hessian = self.hessian + Diagonal(diagonal)
+            self.gradient = _penalised(self.gradient, self.weights, problem.space, decays.values())
+            self.hessian = _Penalised(self.local.hessian, tuple(decays.values()))
 
     def solve(
         self, slope: Tensor, recipe: Recipe, *, certify: bool
@@ -91,14 +88,13 @@ class Adjoint:
         space = self.problem.space
         with torch.no_grad():
             state = recipe.prepare(self.hessian)
-            q = recipe.as_preconditioner(self.hessian, state) @ slope
+            assert isinstance(state, NeumannState)  # made by the recipe
+            q = recipe._apply(self.hessian, state, slope)  # one vector, and no copy as a block
             mixed: Parts = {}
             product, products, residual = None, recipe.terms, math.nan
             if self.entering:
                 product, mixed = self.local.joint_parts(q)
-                views, of_q = space.unflatten(product), space.unflatten(q)
-                for decay in self.decays.values():
-                    decay.add_gradient(of_q, views)
+                product = _penalised(product, space.unflatten(q), space, self.decays.values())
             elif certify:
                 product = self.hessian @ q
             if product is not None:
@@ -137,6 +133,39 @@ class Adjoint:
                 "the weights, so nothing can be learned about them; leave them out"
             )
         return {name: part for name, part in parts.items() if part is not None}
+
+
+class _Penalised(LinearOperator):
+    """A Hessian plus the diagonal ones of weight decays, added in place to its products."""
+
+    def __init__(self, hessian: LinearOperator, decays: Sequence[WeightDecay]) -> None:
+        super().__init__(
+            hessian.shape,
+            dtype=hessian.dtype,
+            device=hessian.device,
+            tags=hessian.tags,
+            space=hessian.space,
+        )
+        self.hessian, self.decays = hessian, decays
+
+    def _matvec(self, x: Tensor) -> Tensor:
+        parts = self.space.unflatten(x.contiguous())
+        return _penalised(self.hessian._matvec(x), parts, self.space, self.decays)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return torch.stack([self._matvec(column) for column in X.unbind(1)], dim=1)
+
+
+def _penalised(
+    flat: Tensor, x: Mapping[str, Tensor], space: Space, decays: Iterable[WeightDecay]
+) -> Tensor:
+    """``flat`` plus the penalties' ``e^lambda x``; in place where ``flat`` is nobody else's."""
+    if len(space.shapes) == 1:  # the vector of a single tensor is that of the graph
+        flat = flat.clone()
+    out = space.unflatten(flat)
+    for decay in decays:
+        decay.add_gradient(x, out)
+    return flat
 
 
 def with_rates(recipe: Recipe, optimizer: Optimizer | None, params: Mapping[str, Tensor]) -> Recipe:

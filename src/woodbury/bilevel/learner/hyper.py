@@ -54,6 +54,9 @@ class Hyper(nn.Module):
         """The losses ``[B]`` of the examples, changed."""
         return losses
 
+    def project(self) -> None:
+        """Bring the hyperparameters back into their bounds, after each of their steps."""
+
 
 def own(values: Tensor) -> nn.Parameter:
     """``values`` as a hyperparameter: a leaf that training does not differentiate."""

@@ -230,6 +230,9 @@ class HyperLearner:
             self._tensors[name].grad = gradient
         self.hyper_optimizer.step()
         self.hyper_optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for hyper in self.hypers.values():
+                hyper.project()
         for rates in self._rates.values():
             rates.write()
         self.steps += 1
@@ -250,7 +253,8 @@ class HyperLearner:
             batches = self._losses.freeze(data, modes, self._implicit, self.seed, self.steps)
             report = self._at(batches)
         for name, gradient in report.value.items():
-            if not torch.isfinite(gradient).all():
+            # A sum is finite where all entries are, but for an overflow.
+            if not (torch.isfinite(gradient.sum()) or torch.isfinite(gradient).all()):
                 raise NonFiniteError(
                     f"the hypergradient of {name} holds NaN or infinity; nothing was changed. Look "
                     f"at the solve: {report.certificate()}"

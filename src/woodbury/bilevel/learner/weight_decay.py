@@ -28,14 +28,17 @@ class WeightDecay(Hyper):
     Args:
         model: whose weights are penalised.
         initial: $e^{\lambda}$ at the start, positive.
+        largest: bound of $e^{\lambda}$, kept after every step. Gradient descent of step $\alpha$
+            leaves for infinity where a decay is beyond $2 / \alpha$; a bound of $1 / \alpha$ is
+            safe.
         per: ``"weight"`` for one decay per entry of every parameter, ``"tensor"`` for one per
             parameter tensor, ``"all"`` for a single one.
         params: which parameters: names, a list of parameters, or a function
             ``(name, parameter) -> bool``; default all that require a gradient.
 
     Raises:
-        ArgumentError: ``initial`` is not positive, ``per`` is none of these, or ``params`` names
-            what the model does not have.
+        ArgumentError: ``initial`` is not positive or above ``largest``, ``per`` is none of these,
+            or ``params`` names what the model does not have.
         GradientError: no parameter is selected.
 
     Cost: with ``per="weight"`` memory of two vectors of the parameters (the decays and their
@@ -59,6 +62,7 @@ class WeightDecay(Hyper):
         model: nn.Module,
         initial: float = 1e-4,
         *,
+        largest: float = math.inf,
         per: Literal["weight", "tensor", "all"] = "weight",
         params: Selection = None,
     ) -> None:
@@ -67,26 +71,37 @@ class WeightDecay(Hyper):
             raise ArgumentError(
                 f"initial is {initial}; a decay exp(lambda) is positive: for almost none give 1e-8"
             )
+        if not initial <= largest:
+            raise ArgumentError(f"largest is {largest}; it must be at least initial, {initial}")
         selected = select_parameters(unwrapped(model), params)
         self.space = Space.of(selected)
         sizes = {"weight": self.space.dim, "tensor": len(selected), "all": 1}
         if per not in sizes:
             raise ArgumentError(f"per is {per!r}; use 'weight', 'tensor' or 'all'")
-        self.per = per
+        self.per, self.largest = per, largest
         like = next(iter(selected.values()))
         self.log_decay = own(like.new_full((sizes[per],), math.log(initial)))
-        self._cached: tuple[Tensor, int, dict[str, Tensor]] | None = None
+        self._cached: tuple[Tensor, int, Tensor] | None = None
 
-    def decays(self) -> dict[str, Tensor]:
-        r"""$e^{\lambda}$ by name of the parameter, in its shape."""
+    def project(self) -> None:
+        """Bring the decays back to ``largest``."""
+        if self.largest < math.inf:
+            self.log_decay.clamp_(max=math.log(self.largest))
+
+    def flat(self) -> Tensor:
+        r"""$e^{\lambda}$ in the shape of ``log_decay``, not to be changed."""
         key = self.log_decay
         if (
             self._cached is None
             or self._cached[0] is not key
             or self._cached[1] != key._version  # an optimizer has changed them in place
         ):
-            self._cached = key, key._version, self._spread(key.detach().exp())
+            self._cached = key, key._version, key.detach().exp()
         return self._cached[2]
+
+    def decays(self) -> dict[str, Tensor]:
+        r"""$e^{\lambda}$ by name of the parameter, in its shape."""
+        return self._spread(self.flat())
 
     def penalty(self, params: Mapping[str, Tensor]) -> Tensor:
         r"""$\tfrac12 \sum_i e^{\lambda_i} w_i^2$, differentiable in ``params`` by name."""
@@ -104,10 +119,10 @@ class WeightDecay(Hyper):
             result = torch.empty_like(self.log_decay)
             for name, out in self._spread(result).items():
                 torch.mul(params[name], q[name], out=out)
-            return result.mul_(self.log_decay.detach().exp())
+            return result.mul_(self.flat())
         sums = [torch.vdot(params[n].flatten(), q[n].flatten()) for n in self.space.shapes]
         each = torch.stack(sums)
-        return (each if self.per == "tensor" else each.sum().view(1)) * self.log_decay.exp()
+        return (each if self.per == "tensor" else each.sum().view(1)) * self.flat()
 
     def _spread(self, values: Tensor) -> dict[str, Tensor]:
         if self.per == "weight":
