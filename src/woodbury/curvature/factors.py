@@ -30,6 +30,11 @@ __all__ = ["Corrections", "FactorSums", "Sums"]
 
 Sums = dict[str, Tensor]
 
+# Gradients that are squared and summed at once, such that they stay in the cache.
+_CACHE_BYTES = 4 * 2**20
+# Sides of at least so many entries are summed by so many panels, which spares 3 of 8 operations.
+_WIDE, _PANELS = 512, 4
+
 
 class FactorSums:
     """The first pass.
@@ -135,7 +140,7 @@ class FactorSums:
         """``rows^T diag(weights) rows``, or its diagonal."""
         total = self.sums[key]
         weighted = rows if weights is None else rows * weights.unsqueeze(1)
-        part = (weighted * rows).sum(0) if total.dim() == 1 else weighted.T @ rows
+        part = (weighted * rows).sum(0) if total.dim() == 1 else _gram(weighted, rows)
         if not bool(torch.isfinite(part.sum())):
             raise NonFiniteError(
                 f"gradients of {key.rpartition('/')[0]!r} in batch {batch.index} ({batch.size} "
@@ -147,6 +152,20 @@ class FactorSums:
     def finish(self) -> Sums:
         """The sums."""
         return self.sums
+
+
+def _gram(weighted: Tensor, rows: Tensor) -> Tensor:
+    """``weighted^T rows`` where that is symmetric: wide ones by panels above the diagonal."""
+    n = rows.shape[1]
+    if n < _WIDE:
+        return weighted.T @ rows
+    step = -(-n // _PANELS)
+    out = rows.new_empty(n, n)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        torch.mm(weighted[:, start:stop].T, rows[:, start:], out=out[start:stop, start:])
+        out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
 
 
 def _spread(weights: Tensor | None, seen: Tensor) -> Tensor | None:
@@ -202,16 +221,16 @@ def _squares(
         turned = gradients.rotate(Q_S, Q_A)
         g, a = turned.grads.squeeze(1).square(), turned.inputs.squeeze(1).square()
         return (g if weights is None else g * weights.unsqueeze(1)).T @ a
-    # Rotating the gradients is cheaper than rotating very many positions.
-    late = t * (p * p + m * m) > p * m * (p + m)
+    # A side is rotated at every position, or in the gradients where there are more positions than
+    # the other side has entries.
+    early_S, late_S = (Q_S, None) if t < m else (None, Q_S)
+    early_A, late_A = (Q_A, None) if t < p else (None, Q_A)
     total = gradients.grads.new_zeros(p, m)
     start = 0
-    for part in (gradients if late else gradients.rotate(Q_S, Q_A)).chunks():
+    for part in gradients.rotate(early_S, early_A).chunks(_CACHE_BYTES):
         D = part.dense().view(-1, p, m)
-        if late:
-            D = D if Q_S is None else Q_S.T @ D
-            D = D if Q_A is None else D @ Q_A
-        D = D.square_()
+        D = D if late_S is None else late_S.T @ D
+        D = (D if late_A is None else D @ late_A).square_()
         own = None if weights is None else weights[start : start + len(D)]
         total += D.sum(0) if own is None else torch.tensordot(own, D, 1)
         start += len(D)

@@ -239,10 +239,10 @@ class MatrixGradients:
             return (self.grads.mT * self.inputs).view(b, p * m)
         return torch.bmm(self.grads.mT, self.inputs).view(b, p * m)
 
-    def chunks(self) -> Sequence[MatrixGradients]:
-        """These gradients in parts whose dense form stays small."""
+    def chunks(self, nbytes: int = _CHUNK_BYTES) -> Sequence[MatrixGradients]:
+        """These gradients in parts whose dense form takes at most so many bytes."""
         each = self.block.p * self.block.m * self.grads.element_size()
-        step = max(1, _CHUNK_BYTES // max(each, 1))
+        step = max(1, nbytes // max(each, 1))
         if step >= len(self):
             return [self]
         pairs = zip(self.inputs.split(step), self.grads.split(step), strict=True)
