@@ -34,6 +34,7 @@ from woodbury.implicit import (
     StationarityWarning,
     Truncated,
     attach,
+    fixed_point,
     implicit_jvp,
     implicit_vjp,
     minimize,
@@ -198,6 +199,14 @@ def test_settings_that_make_no_sense() -> None:
     ):
         with pytest.raises(ArgumentError):
             make()
+
+
+def test_settings_that_do_not_exist() -> None:
+    for make in (root, fixed_point, minimize):
+        with pytest.raises(TypeError, match="there is no setting 'modes'; there are mode, argnums"):
+            make(shift, given, modes="implicit")
+    with pytest.raises(TypeError, match="there is no setting 'symmetric'"):  # it always is
+        minimize(shift, given, symmetric=True)
 
 
 def test_tangents_that_do_not_fit() -> None:

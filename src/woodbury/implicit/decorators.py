@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from woodbury.implicit.condition import Condition, Kind
 from woodbury.implicit.link import WarmStart
@@ -11,9 +11,27 @@ from woodbury.implicit.modes import Mode, mode_of
 from woodbury.implicit.solver import ImplicitSolver
 from woodbury.solvers import SolveReport
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["fixed_point", "minimize", "root"]
 
 Decorator = Callable[[Callable[..., Any]], ImplicitSolver]
+
+
+class Settings(TypedDict, total=False):
+    """What ``root``, ``fixed_point`` and ``minimize`` have in common; said at :func:`root`.
+
+    Defaults are those of :class:`ImplicitSolver`.
+    """
+
+    mode: str | Mode
+    argnums: int | Sequence[int] | None
+    has_aux: bool
+    report: SolveReport | None
+    warm: WarmStart | None
+    strong_convexity: float | None
+    stationary_rtol: float
 
 
 def _make(
@@ -21,13 +39,17 @@ def _make(
     kind: Kind,
     symmetric: bool | None,
     solver: Callable[..., Any] | None,
-    mode: str | Mode,
-    settings: dict[str, Any],
+    settings: Settings,
 ) -> ImplicitSolver | Decorator:
-    condition, how = Condition.of(function, kind, symmetric), mode_of(mode)
+    unknown = sorted(set(settings) - set(Settings.__annotations__))
+    if unknown:
+        names = ", ".join(Settings.__annotations__)
+        raise TypeError(f"there is no setting {unknown[0]!r}; there are {names}")
+    chosen: dict[str, Any] = {"mode": "implicit", **settings}
+    condition, how = Condition.of(function, kind, symmetric), mode_of(chosen.pop("mode"))
 
     def decorate(solver: Callable[..., Any]) -> ImplicitSolver:
-        made = ImplicitSolver(condition, solver, how, **settings)
+        made = ImplicitSolver(condition, solver, how, **chosen)
         for name in ("__doc__", "__name__", "__module__"):
             if hasattr(solver, name):
                 object.__setattr__(made, name, getattr(solver, name))
@@ -44,14 +66,8 @@ def root(  # type: ignore[misc]
     F: Callable[..., Any],
     solver: Callable[..., Any] | None = None,
     *,
-    mode: str | Mode = "implicit",
-    argnums: int | Sequence[int] | None = None,
-    has_aux: bool = False,
     symmetric: bool | None = None,
-    report: SolveReport | None = None,
-    warm: WarmStart | None = None,
-    strong_convexity: float | None = None,
-    stationary_rtol: float = 1e-3,
+    **settings: Unpack[Settings],
 ) -> ImplicitSolver | Decorator:
     r"""Differentiate the solution of $F(x, \theta) = 0$, whatever solver finds it.
 
@@ -67,20 +83,23 @@ def root(  # type: ignore[misc]
         solver: ``solver(x0, *args, **options)``: any code that returns a tensor or a pytree of
             tensors. It is called with tensors without gradients, once. Without it ``root(F)`` is a
             decorator.
-        mode: ``"implicit"``, ``"unrolled"``, ``"truncated"``, ``"one_step"``, ``"phantom"``, or one
-            of :class:`Implicit`, :class:`Unrolled`, :class:`Truncated`, :class:`OneStep`,
-            :class:`Phantom` with its settings.
-        argnums: which of ``args`` are differentiated, counted from 0; the others are constants. All
-            floating tensors in them by default.
-        has_aux: the solver returns ``(solution, auxiliary output)``; the latter is handed through
-            without derivatives.
         symmetric: whether $A$ is symmetric, so that symmetric recipes may be used. By default the
             flag ``F.symmetric`` if there is one, else not.
-        report: receives every linear solve.
-        warm: a :class:`WarmStart` that keeps solutions of linear systems for the next.
-        strong_convexity: $\mu$, for the bound $\|x - x^*\| \le \|F(x)\|/\mu$ in the warning about a
-            solution that is not one.
-        stationary_rtol: warn beyond this relative residual (see :class:`Stationarity`).
+        **settings: what :func:`root`, :func:`fixed_point` and :func:`minimize` have in common:
+
+            - ``mode``: ``"implicit"`` (default), ``"unrolled"``, ``"truncated"``, ``"one_step"``,
+              ``"phantom"``, or one of :class:`Implicit`, :class:`Unrolled`, :class:`Truncated`,
+              :class:`OneStep`, :class:`Phantom` with its settings.
+            - ``argnums``: which of ``args`` are differentiated, counted from 0; the others are
+              constants. All floating tensors in them by default.
+            - ``has_aux``: the solver returns ``(solution, auxiliary output)``; the latter is handed
+              through without derivatives.
+            - ``report``: a :class:`~woodbury.solvers.SolveReport` that receives every linear solve.
+            - ``warm``: a :class:`WarmStart` that keeps solutions of linear systems for the next.
+            - ``strong_convexity``: $\mu$, for the bound $\|x - x^*\| \le \|F(x)\|/\mu$ in the
+              warning about a solution that is not one.
+            - ``stationary_rtol``: warn beyond this relative residual, by default 1e-3 (see
+              :class:`Stationarity`).
 
     Returns:
         An :class:`ImplicitSolver`, called as ``solver`` is; without ``solver`` a decorator.
@@ -109,15 +128,7 @@ def root(  # type: ignore[misc]
         >>> t.grad
         tensor(0.5000, dtype=torch.float64)
     """
-    settings = {
-        "argnums": argnums,
-        "has_aux": has_aux,
-        "report": report,
-        "warm": warm,
-        "strong_convexity": strong_convexity,
-        "stationary_rtol": stationary_rtol,
-    }
-    return _make(F, "root", symmetric, solver, mode, settings)
+    return _make(F, "root", symmetric, solver, settings)
 
 
 @overload
@@ -130,29 +141,18 @@ def fixed_point(  # type: ignore[misc]
     T: Callable[..., Any],
     solver: Callable[..., Any] | None = None,
     *,
-    mode: str | Mode = "implicit",
-    argnums: int | Sequence[int] | None = None,
-    has_aux: bool = False,
     symmetric: bool | None = None,
-    report: SolveReport | None = None,
-    warm: WarmStart | None = None,
-    strong_convexity: float | None = None,
-    stationary_rtol: float = 1e-3,
+    **settings: Unpack[Settings],
 ) -> ImplicitSolver | Decorator:
     r"""Differentiate the solution of $x = T(x, \theta)$: :func:`root` of $F = x - T$.
 
     Args:
         T: ``T(x, *args)``, like ``x``; see :func:`root` for it and for everything else.
         solver: ``solver(x0, *args, **options)``.
-        mode: how to differentiate; the steps of ``"truncated"``, ``"one_step"`` and ``"phantom"``
-            are those of ``T``.
-        argnums: which arguments are differentiated.
-        has_aux: whether the solver returns auxiliary output.
         symmetric: whether $\partial T/\partial x$ is symmetric.
-        report: receives every linear solve.
-        warm: keeps solutions of linear systems.
-        strong_convexity: $1 - q$ for a contraction with factor $q$.
-        stationary_rtol: warn where $\|T(x) - x\|$ exceeds this part of $\|x\|$.
+        **settings: see :func:`root`. The steps of ``"truncated"``, ``"one_step"`` and ``"phantom"``
+            are those of ``T``; ``strong_convexity`` is $1 - q$ for a contraction with factor $q$;
+            ``stationary_rtol`` is the part of $\|x\|$ that $\|T(x) - x\|$ may have.
 
     Returns:
         An :class:`ImplicitSolver`, or a decorator.
@@ -177,15 +177,7 @@ def fixed_point(  # type: ignore[misc]
         >>> torch.func.grad(heron, argnums=1)(one, torch.tensor(4.0))
         tensor(0.2500)
     """
-    settings = {
-        "argnums": argnums,
-        "has_aux": has_aux,
-        "report": report,
-        "warm": warm,
-        "strong_convexity": strong_convexity,
-        "stationary_rtol": stationary_rtol,
-    }
-    return _make(T, "fixed_point", symmetric, solver, mode, settings)
+    return _make(T, "fixed_point", symmetric, solver, settings)
 
 
 @overload
@@ -197,14 +189,7 @@ def minimize(
 def minimize(  # type: ignore[misc]
     f: Callable[..., Any],
     solver: Callable[..., Any] | None = None,
-    *,
-    mode: str | Mode = "implicit",
-    argnums: int | Sequence[int] | None = None,
-    has_aux: bool = False,
-    report: SolveReport | None = None,
-    warm: WarmStart | None = None,
-    strong_convexity: float | None = None,
-    stationary_rtol: float = 1e-3,
+    **settings: Unpack[Settings],
 ) -> ImplicitSolver | Decorator:
     r"""Differentiate $\arg\min_x f(x, \theta)$: :func:`root` of $F = \nabla_x f$.
 
@@ -215,13 +200,8 @@ def minimize(  # type: ignore[misc]
     Args:
         f: ``f(x, *args)``, a scalar, twice differentiable; see :func:`root` for everything else.
         solver: ``solver(x0, *args, **options)``.
-        mode: how to differentiate.
-        argnums: which arguments are differentiated.
-        has_aux: whether the solver returns auxiliary output.
-        report: receives every linear solve.
-        warm: keeps solutions of linear systems.
-        strong_convexity: $\mu$ of $f$ in $x$.
-        stationary_rtol: warn beyond this relative gradient.
+        **settings: see :func:`root`; ``strong_convexity`` is that of $f$ in $x$,
+            ``stationary_rtol`` of the gradient.
 
     Returns:
         An :class:`ImplicitSolver`, or a decorator.
@@ -244,12 +224,4 @@ def minimize(  # type: ignore[misc]
         >>> torch.func.jacrev(lambda decay: ridge(None, decay))(decay)
         tensor([-0.2500, -0.5000], dtype=torch.float64)
     """
-    settings = {
-        "argnums": argnums,
-        "has_aux": has_aux,
-        "report": report,
-        "warm": warm,
-        "strong_convexity": strong_convexity,
-        "stationary_rtol": stationary_rtol,
-    }
-    return _make(f, "minimum", None, solver, mode, settings)
+    return _make(f, "minimum", None, solver, settings)
