@@ -129,6 +129,6 @@ def _check(models: list[Objective], dim: int, damping: float) -> None:
         raise ArgumentError(f"dim is {dim} and damping {damping}; give dim >= 1, damping >= 0")
     if not damping and dim > models[0].num_examples:
         raise ArgumentError(
-            f"dim is {dim} and there are {models[0].num_examples} examples, so the features have no "
-            "inverse: lower dim, or give damping > 0"
+            f"dim is {dim} and there are {models[0].num_examples} examples, so the features have "
+            "no inverse: lower dim, or give damping > 0"
         )

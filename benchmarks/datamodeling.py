@@ -1,0 +1,242 @@
+"""Linear datamodeling scores on MNIST by dattri's protocol, beside dattri's own estimators.
+
+Logistic regression and a 784-128-64-10 network on the first 5,000 training and 500 test rows, 100
+models trained on random halves (SGD as dattri trains them). Every estimator is given the same
+models, trained on all rows; its score is the mean over them. Nothing is chosen by looking at these
+halves or test rows: the damping is one over the length of training (learning rate times steps, over
+one minus momentum), the library's default, or chosen on 16 other halves and other test rows. Prints
+the linear datamodeling score with a 95 % interval (over halves and test rows) and seconds for
+scoring. dattri runs in an environment of its own, named by ``WOODBURY_PEERS_PYTHON`` (default
+``.venv-peers/bin/python``); without it its lines are missing, and that is said.
+
+    python benchmarks/datamodeling.py --model mlp --models 10 --folder runs/datamodeling
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _attribution import PEERS, ROOT, Setting
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from woodbury import EKFAC, Cholesky, Influence, Objective
+from woodbury.curvature import RelativeDamping
+from woodbury.errors import SingularError
+from woodbury.influence import Scores, rivals
+from woodbury.influence.evaluation import half_subsets, linear_datamodeling_score, retrain
+
+Method = Callable[[Objective], Tensor]
+
+
+# Shares of the mean eigenvalue of each layer among which the damping of EK-FAC is chosen.
+SHARES = (1.0, 0.1, 0.01, 1e-3)
+
+
+def estimators(setting: Setting, queries: tuple[Tensor, Tensor], share: float) -> dict:
+    """Names, functions from the objective of a model to scores of losses [Q, N], most models."""
+
+    def by(**options) -> Method:
+        return lambda objective: Influence(objective, "loss", **options).scores(queries).values
+
+    found: dict[str, tuple[Method, int]] = {}
+    if setting.name == "lr" and setting.train > 1000:
+        found["exact (Cholesky)"] = by(recipe=Cholesky(), damping=setting.damping), 1
+    found["EK-FAC, damping of training"] = by(matrix=ekfac, damping=setting.damping), 10
+    found["EK-FAC, default damping"] = by(matrix=ekfac), 10
+    found["EK-FAC, damping by other halves"] = (
+        by(matrix=ekfac, damping=RelativeDamping(share)),
+        10,
+    )
+    found["Grad-Dot"] = (lambda objective: rivals.grad_dot(objective, queries).values), 1
+    found["Grad-Cos"] = (lambda objective: rivals.grad_cos(objective, queries).values), 1
+    found["DataInf"] = (lambda objective: rivals.data_inf(objective, queries).values), 1
+    return found
+
+
+def ekfac(objective: Objective) -> EKFAC:
+    return EKFAC(objective, "sampled", generator=torch.Generator().manual_seed(0))
+
+
+def chosen_share(setting: Setting, objective: Objective, options, folder: Path) -> float:
+    """The share of damping that predicts other halves for other test rows best."""
+    other = replace(setting, test=2 * setting.test, skip=setting.test, data=None)
+    generator = torch.Generator().manual_seed(77)
+    count = min(16, options.subsets)
+    truth = retrain(
+        other,
+        other.losses,
+        half_subsets(setting.train, count, generator=generator),
+        seeds=torch.arange(5000, 5000 + count)[:, None],
+        folder=folder / f"{setting.name}-select",
+        key=f"{setting.key}, test rows from {setting.test}",
+        processes=options.processes,
+    )
+    _, _, *queries = other.rows()
+    matrix = ekfac(objective)
+    found = {}
+    for share in SHARES:
+        influence = Influence(objective, "loss", matrix=matrix, damping=RelativeDamping(share))
+        try:
+            scores = influence.scores(tuple(queries))
+        except SingularError:  # too small for single precision
+            continue
+        found[share] = linear_datamodeling_score(scores, truth, resamples=2).mean.value
+    best = max(found, key=found.get)
+    said = ", ".join(f"{share:g}: {value:.3f}" for share, value in found.items())
+    print(f"damping chosen on {count} other halves and other test rows ({said}): {best:g}")
+    return best
+
+
+def peer_scores(folder: Path, method: str, models: int) -> tuple[Tensor, float] | None:
+    """Scores of dattri in the convention of losses, and its seconds."""
+    script = ROOT / "benchmarks/_dattri_scores.py"
+    arguments = [str(PEERS), str(script), str(folder), method, str(models)]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        print(f"dattri {method} with {models} models failed: {run.stderr.strip()[-300:]}")
+        return None
+    found = load_file(folder / f"{method}-{models}.safetensors")
+    return -found["scores"], float(found["seconds"])
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["lr", "mlp"], default="lr")
+    parser.add_argument("--models", type=int, default=10, help="trained on all rows")
+    parser.add_argument("--subsets", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where trained models are kept")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="a few rows and models, no peer")
+    parser.add_argument("--figure", type=Path, help="draw the table as a PNG or SVG file")
+    options = parser.parse_args(arguments)
+    if options.small:
+        setting = Setting(options.model, train=120, test=20, epochs=3)
+        options.models, options.subsets, options.processes = 2, 6, 1
+    else:
+        setting = Setting(options.model)
+    folder = options.folder or Path(tempfile.mkdtemp())
+    table = run(setting, options, folder)
+    if options.figure:
+        draw(table, setting, options.figure)
+    return {name: interval.value for name, (interval, _) in table.items()}
+
+
+def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
+    everything = torch.arange(setting.train)
+    started = time.perf_counter()
+    kept = {"key": setting.key, "processes": options.processes}
+    vectors = retrain(
+        setting,
+        setting.parameters,
+        [everything],
+        seeds=range(1000, 1000 + options.models),
+        folder=folder / f"{setting.name}-full",
+        **kept,
+    ).values[0]
+    truth = retrain(
+        setting,
+        setting.losses,
+        half_subsets(setting.train, options.subsets),
+        seeds=torch.arange(options.subsets)[:, None],
+        folder=folder / f"{setting.name}-half",
+        **kept,
+    )
+    print(
+        f"{setting.key}; {options.subsets} halves; damping {setting.damping:.3g}; "
+        f"models trained or read in {time.perf_counter() - started:.0f} s"
+    )
+    x, y, *queries = setting.rows()
+    objectives = [Objective(setting.restored(v), "cross_entropy", (x, y)) for v in vectors]
+    table: dict = {}
+
+    def show(name: str, values: Tensor, seconds: float) -> None:
+        scores = Scores(values, everything, support=-1)
+        found = linear_datamodeling_score(scores, truth, resamples=200).mean
+        table[name] = found, seconds
+        print(f"{name:48s} {found}   {seconds:6.1f} s", flush=True)
+
+    share = chosen_share(setting, objectives[0], options, folder)
+    for name, (method, most) in estimators(setting, tuple(queries), share).items():
+        total, seconds = torch.zeros(len(queries[0]), setting.train), 0.0
+        several = min(options.models, most)
+        for count, objective in enumerate(objectives[:several], 1):
+            start = time.perf_counter()
+            total = total + method(objective)
+            seconds += time.perf_counter() - start
+            if count in (1, several):
+                show(f"{name}, {count} model{'s' * (count > 1)}", total / count, seconds)
+    start = time.perf_counter()
+    dim = 512 if not options.small else 16
+    values = rivals.trak(objectives[0], tuple(queries), dim=dim, measurement="loss").values
+    show("TRAK (ours), 1 model", values, time.perf_counter() - start)
+    if options.small:
+        return table
+    if not PEERS.exists():
+        print(f"dattri is missing: no Python at {PEERS}; set WOODBURY_PEERS_PYTHON")
+        return table
+    sizes = [layer.in_features for layer in setting.model() if isinstance(layer, nn.Linear)] + [10]
+    given = {
+        "x_train": x,
+        "y_train": y,
+        "x_test": queries[0],
+        "y_test": queries[1],
+        "models": vectors.float(),
+        "sizes": torch.tensor(sizes),
+    }
+    with tempfile.TemporaryDirectory() as exchange:
+        save_file(given, Path(exchange) / "given.safetensors")
+        for method, count in [
+            ("grad_dot", 1),
+            ("grad_cos", 1),
+            ("tracin", options.models),
+            ("trak", 1),
+            ("trak", options.models),
+        ]:
+            found = peer_scores(Path(exchange), method, count)
+            if found is not None:
+                show(f"dattri {method}, {count} model{'s' * (count > 1)}", *found)
+    for count in (1, options.models):
+        suffix = f", {count} model{'s' * (count > 1)}"
+        ours = {n: t[0].value for n, t in table.items() if n.endswith(suffix) and "dattri" not in n}
+        peers = {n: t[0].value for n, t in table.items() if n.endswith(suffix) and "dattri" in n}
+        if ours and peers:
+            a, b = max(ours, key=ours.get), max(peers, key=peers.get)
+            print(
+                f"best{suffix}: {a} {ours[a]:.3f}, {b} {peers[b]:.3f}: ratio "
+                f"{ours[a] / peers[b]:.2f}"
+            )
+    return table
+
+
+def draw(table: dict, setting: Setting, path: Path) -> None:
+    """The scores with their intervals, best on top."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted(table, key=lambda name: table[name][0].value)
+    values = [table[name][0].value for name in names]
+    spread = [
+        [max(0.0, table[n][0].value - table[n][0].low) for n in names],
+        [max(0.0, table[n][0].high - table[n][0].value) for n in names],
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(names) + 1))
+    colours = ["tab:gray" if "dattri" in name else "tab:blue" for name in names]
+    axes.barh(names, values, xerr=spread, color=colours)
+    axes.set_xlabel(f"linear datamodeling score, MNIST, {setting.name}")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
