@@ -15,7 +15,7 @@ from woodbury.solvers import SparseLU, solve
 
 __all__ = ["sparse_program"]
 
-_RIDGE = 1e-8  # makes the matrix quasi-definite: it has factors with pivots from the diagonal
+_RIDGE = 1e-11  # makes the matrix quasi-definite: it has factors with pivots from the diagonal
 _REFINEMENTS = 10
 
 
