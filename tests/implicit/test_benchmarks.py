@@ -73,3 +73,18 @@ def test_jacobian_error(
         assert abs(float(implicit) - 1) < 0.05
         assert float(unrolled) < 0.9
     assert (tmp_path / "errors.png").stat().st_size > 0
+
+
+def test_distillation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--digits", "--evaluations", "10", "--setting", "0.1", "1e-3"]
+    options += ["--figure", str(tmp_path / "images.png")]
+    out = printed("distillation.py", options, monkeypatch, capsys)
+    rows = re.findall(r"(implicit|implicit, LBFGS|unrolled) +\d.* (\S+) +(\S+) +(\S+) %", out)
+    assert len(rows) == 3
+    for _, error, loss, accuracy in rows:
+        assert float(error) < 0.2  # at an inner tolerance of 1e-3
+        assert float(loss) < 2
+        assert float(accuracy) > 75
+    assert (tmp_path / "images.png").stat().st_size > 0
