@@ -33,6 +33,7 @@ def main() -> None:
     job = SimpleNamespace(**torch.load(sys.argv[1], weights_only=False))
     torch.set_num_threads(job.threads)
     model = build(job.kind, **job.sizes)
+    model = model.double() if job.double else model
     model.load_state_dict(job.state)
     # With a mean over positions in each loss of a sequence, as the other side has it.
     if job.kind == "transformer":
@@ -45,6 +46,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer("fit", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
         arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+        if job.double:
+            for part in ("activation_covariance", "gradient_covariance", "per_sample_gradient"):
+                setattr(arguments, f"{part}_dtype", torch.float64)
+            arguments.lambda_dtype = torch.float64
         start = time.perf_counter()
         analyzer.fit_all_factors(
             factors_name="ekfac",

@@ -9,10 +9,12 @@ for both sides:
   tinyshakespeare; the linear layers, which are what the peer knows.
 
 That both computed the same is checked: the damped inverse of each layer applied to a random matrix,
-as a cosine. The peer runs in the environment of ``WOODBURY_PEERS_PYTHON`` (default
-``.venv-peers/bin/python``); without it its column is missing, and the script says so.
+as a cosine (``--double`` computes in float64 on both sides). The peer runs in the environment of
+``WOODBURY_PEERS_PYTHON`` (default ``.venv-peers/bin/python``); without it its column is missing,
+and the script says so.
 
-    python benchmarks/layer_fit.py [mlp] [transformer] [--small] [--no-peer] [--peer-rows N]
+    python benchmarks/layer_fit.py [mlp] [transformer] [--small] [--double] [--no-peer]
+        [--peer-rows N]
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def build(kind: str, **sizes) -> nn.Module:
     )
 
 
-def job(kind: str, small: bool) -> dict:
+def job(kind: str, small: bool, double: bool) -> dict:
     """A model, rows and settings."""
     folder = Path(os.environ.get("WOODBURY_DATA", ROOT / "../shared/data")).resolve()
     if not folder.is_dir():
@@ -108,9 +110,11 @@ def job(kind: str, small: bool) -> dict:
         x, y = index[:, :-1].contiguous(), index[:, 1:].contiguous()
         sizes = {"width": 32 if small else 256, "heads": 8, "layers": 2 if small else 4}
         sizes |= {"tokens": len(letters), "length": length}
-    state = build(kind, **sizes).state_dict()
+    model = build(kind, **sizes)
+    state = (model.double() if double else model).state_dict()
+    x = x.double() if double and x.is_floating_point() else x
     found = {"kind": kind, "sizes": sizes, "state": state, "x": x, "y": y, "batch": batch}
-    return {**found, "threads": THREADS, "damping": DAMPING}
+    return {**found, "threads": THREADS, "damping": DAMPING, "double": double}
 
 
 def ours(work: dict) -> tuple[float, dict[str, Tensor]]:
@@ -120,6 +124,7 @@ def ours(work: dict) -> tuple[float, dict[str, Tensor]]:
 
     torch.set_num_threads(work["threads"])
     model = build(work["kind"], **work["sizes"])
+    model = model.double() if work["double"] else model
     model.load_state_dict(work["state"])
     linear = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     batches = list(zip(work["x"].split(work["batch"]), work["y"].split(work["batch"]), strict=True))
@@ -135,6 +140,7 @@ def ours(work: dict) -> tuple[float, dict[str, Tensor]]:
     inverse, vectors = E.damped_inverse(RelativeDamping(work["damping"])), {}
     for name, layer in E.layers.items():
         V = torch.randn(layer.p, layer.m, generator=torch.Generator().manual_seed(0))
+        V = V.to(inverse.dtype)
         vectors[name] = (inverse.blocks[name] @ V.flatten()).view(layer.p, layer.m).double()
     return seconds, vectors
 
@@ -157,10 +163,14 @@ def peer(work: dict) -> tuple[float, dict[str, Tensor]] | None:
 
 
 def main(
-    kinds: list[str], small: bool = False, with_peer: bool = True, peer_rows: int | None = None
+    kinds: list[str],
+    small: bool = False,
+    double: bool = False,
+    with_peer: bool = True,
+    peer_rows: int | None = None,
 ) -> None:
     for kind in kinds:
-        work = job(kind, small)
+        work = job(kind, small, double)
         rows = len(work["x"])
         fewer = {**work, "x": work["x"][:peer_rows], "y": work["y"][:peer_rows]}
         seconds, vectors = ours(work)
@@ -190,4 +200,10 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     limit = int(words.pop(words.index("--peer-rows") + 1)) if "--peer-rows" in words else None
     asked = [word for word in words if not word.startswith("--")]
-    main(asked or ["mlp", "transformer"], "--small" in words, "--no-peer" not in words, limit)
+    main(
+        asked or ["mlp", "transformer"],
+        "--small" in words,
+        "--double" in words,
+        "--no-peer" not in words,
+        limit,
+    )
