@@ -29,6 +29,15 @@ class Linearization:
         value: the loss.
         gradient: its gradient in ``params``, flat ``[p]``.
         hessian: its Hessian in ``params`` as an operator; products are counted.
+
+    Example:
+        >>> import torch
+        >>> from woodbury.bilevel import Bilevel
+        >>> inner = lambda w, a: 0.5 * (a * w.square()).sum()
+        >>> problem = Bilevel(inner, lambda w, a: w.sum(), torch.ones(2), torch.tensor([1.0, 3.0]))
+        >>> point = problem.linearize()
+        >>> point.gradient, point.hessian @ torch.ones(2)
+        (tensor([1., 3.]), tensor([1., 3.]))
     """
 
     value: float
