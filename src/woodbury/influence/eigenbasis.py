@@ -46,12 +46,14 @@ class EigenBlock:
         left: $Q_S$ ``[p, p]``, or ``None`` for the identity.
         right: $Q_A$ ``[m, m]``, or ``None`` for the identity.
         inverse: $W$, ``[p, m]``.
+        moments: the eigenvalues without damping, ``[p, m]``: mean squares of gradients.
     """
 
     block: MatrixBlock
     left: Tensor | None
     right: Tensor | None
     inverse: Tensor
+    moments: Tensor
 
     def rotate(self, gradients: MatrixGradients) -> tuple[Tensor, Tensor]:
         """Inputs ``[b, t, m]`` and gradients at outputs ``[b, t, p]`` in the eigenbasis."""
@@ -159,18 +161,18 @@ class MatrixQueries:
 
     # ------------------------------------------------------------ separable
 
-    def decompose(self, sample: MatrixGradients) -> Spectrum | None:
+    def decompose(self) -> Spectrum | None:
         """The terms of the separable form, or ``None`` where that does not pay.
 
-        Args:
-            sample: gradients of some training examples, for their sizes.
+        Sizes of the gradients of training examples are those that the eigenvalues say, over all the
+        data: a sample would miss directions that are rare.
         """
         p, m = self.eigen.inverse.shape
-        if not self.single or sample.grads.shape[1] != 1 or p * m < _SMALL:
+        if not self.single or p * m < _SMALL:
             return None
-        a, g = self.eigen.rotate(sample)
-        left = _sizes(self.g[:, 0], g[:, 0])
-        right = _sizes(self.a[:, 0], a[:, 0])
+        moments = self.eigen.moments.clamp(min=0)
+        left = (self.g[:, 0].square().mean(0) * moments.mean(1)).sqrt()
+        right = (self.a[:, 0].square().mean(0) * moments.mean(0)).sqrt()
         return Spectrum.of(self.eigen.inverse, left, right)
 
     def errors(
@@ -218,6 +220,7 @@ class Spectrum:
     r"""Leading singular triples of $d^S_j W_{jk} d^A_k$.
 
     Attributes:
+        inverse: $W$, ``[p, m]``.
         left: $d^S$, ``[p]``.
         right: $d^A$, ``[m]``.
         U: ``[p, r]``.
@@ -225,6 +228,7 @@ class Spectrum:
         V: ``[m, r]``.
     """
 
+    inverse: Tensor
     left: Tensor
     right: Tensor
     U: Tensor
@@ -239,18 +243,17 @@ class Spectrum:
         probes = min(rank + 8, *X.shape)
         Q = range_finder(Dense(X), probes, power=_POWER_STEPS).basis
         small, values, V = torch.linalg.svd(Q.T @ X, full_matrices=False)
-        return cls(left, right, (Q @ small)[:, :rank], values[:rank].double(), V[:rank].T)
+        kept = int((values > torch.finfo(X.dtype).eps * values[0]).sum()) if len(values) else 0
+        rank = min(rank, kept)
+        return cls(W, left, right, (Q @ small)[:, :rank], values[:rank].double(), V[:rank].T)
 
     def terms(self, count: int) -> tuple[Tensor, Tensor]:
-        """``u [R, p]`` and ``v [R, m]``."""
-        root = self.values[:count].sqrt().to(self.U.dtype)
-        u = (self.U[:, :count] * root / self.left[:, None]).T
-        v = (self.V[:, :count] * root / self.right[:, None]).T
+        r"""``u [R, p]`` and ``v [R, m]``.
+
+        $u = W d^A V / \sqrt\sigma$ and $v = W^T d^S U / \sqrt\sigma$ are the singular vectors over
+        the weights, without a division by weights that are nearly zero.
+        """
+        root = self.values[:count].sqrt().to(self.U.dtype)[:, None]
+        u = ((self.inverse * self.right) @ self.V[:, :count]).T / root
+        v = ((self.inverse.T * self.left) @ self.U[:, :count]).T / root
         return u.contiguous(), v.contiguous()
-
-
-def _sizes(queries: Tensor, examples: Tensor) -> Tensor:
-    """Geometric means of the mean squares of both, kept away from zero."""
-    product = (queries.square().mean(0) * examples.square().mean(0)).sqrt()
-    largest = float(product.amax())
-    return product.clamp(min=1e-6 * largest if largest > 0 else 1.0)

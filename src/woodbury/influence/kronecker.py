@@ -38,7 +38,12 @@ def layer_inverses(matrix: KFAC, damped: LayerMatrix) -> dict[str, EigenBlock | 
         inverse, basis = block.values.reciprocal(), block.basis
         if isinstance(layer, MatrixBlock) and isinstance(basis, Kronecker):
             left, right = (_vectors(factor) for factor in basis.factors)
-            found[name] = EigenBlock(layer, left, right, inverse.view(layer.p, layer.m))
+            plain = matrix.blocks[name]
+            assert isinstance(plain, Eigendecomposed)  # adding damping keeps the form
+            shape = layer.p, layer.m
+            found[name] = EigenBlock(
+                layer, left, right, inverse.view(shape), plain.values.view(shape)
+            )
         else:
             assert isinstance(layer, VectorBlock)  # what has no Kronecker form
             vectors = _vectors(basis)

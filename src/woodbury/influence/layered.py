@@ -157,8 +157,8 @@ class Layered:
         for name, query in groups[0].items():
             gradients = batch.get(name)
             if isinstance(query, MatrixQueries) and isinstance(gradients, MatrixGradients):
-                found = query.decompose(gradients)
-                if found is not None:
+                found = query.decompose() if gradients.grads.shape[1] == 1 else None
+                if found is not None and len(found.values):
                     spectra[name] = found
                     query.use_terms(found, min(_ROUGH, len(found.values)))
         draw = Draw.of(_total(_each(groups[0], batch))) if spectra else None
