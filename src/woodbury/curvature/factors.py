@@ -149,10 +149,6 @@ class FactorSums:
             )
         total += part
 
-    def finish(self) -> Sums:
-        """The sums."""
-        return self.sums
-
 
 def _gram(weighted: Tensor, rows: Tensor) -> Tensor:
     """``weighted^T rows`` where that is symmetric: wide ones by panels above the diagonal."""
