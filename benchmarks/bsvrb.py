@@ -70,7 +70,7 @@ class Task:
     def __init__(self, small: bool) -> None:
         self.m, self.sampled = (6, 2) if small else (20, 5)
         rows, judged = (200, 100) if small else (2000, 1000)
-        self.steps = 60 if small else 2000
+        self.steps = 60 if small else 600
         a, t = a9a(rows + judged)
         gen = torch.Generator().manual_seed(0)
         wrong = torch.rand(rows, generator=gen) < 0.2  # so that there is something to weigh
