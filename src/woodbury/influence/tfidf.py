@@ -13,6 +13,8 @@ from woodbury.errors import ArgumentError, DataError
 
 __all__ = ["TfIdf"]
 
+Tokens = Sequence[Hashable] | Tensor
+
 
 class TfIdf:
     r"""Overlap of tokens with a query, rare tokens first.
@@ -51,7 +53,7 @@ class TfIdf:
     """
 
     def __init__(
-        self, documents: Iterable[Sequence[Hashable]], *, k1: float = 1.5, counts: bool = False
+        self, documents: Iterable[Tokens], *, k1: float = 1.5, counts: bool = False
     ) -> None:
         if not 0 <= k1 < math.inf:
             raise ArgumentError(f"k1 is {k1}; it must be a number >= 0")
@@ -75,7 +77,7 @@ class TfIdf:
         n = 0 if found is None else found.shape[1]
         return math.log((self.size - n + 0.5) / (n + 0.5) + 1)
 
-    def scores(self, query: Sequence[Hashable]) -> Tensor:
+    def scores(self, query: Tokens) -> Tensor:
         """Scores of all documents, ``[C]``, float64."""
         result = torch.zeros(self.size, dtype=torch.float64)
         tokens = query.tolist() if isinstance(query, Tensor) else query
@@ -87,7 +89,7 @@ class TfIdf:
             result[found[0]] += times * self.idf(token) * (self.k1 + 1) * f / (self.k1 + f)
         return result
 
-    def top(self, query: Sequence[Hashable], k: int = 10_000) -> Tensor:
+    def top(self, query: Tokens, k: int = 10_000) -> Tensor:
         """Rows of the ``k`` documents with the highest scores above zero, best first.
 
         Raises:
