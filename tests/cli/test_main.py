@@ -31,7 +31,9 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"woodbury {woodbury.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["clean", "--help"], ["spectrum", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["attribute", "--help"], ["clean", "--help"], ["spectrum", "--help"]]
+)
 def test_help(words: list[str]) -> None:
     done = process(RUN, *words)
     assert done.returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from woodbury import __version__
+from woodbury.cli.attribute import attribute
 from woodbury.cli.clean import clean
 from woodbury.cli.spectrum import spectrum
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("attribute")(attribute)
 app.command("clean")(clean)
 app.command("spectrum")(spectrum)
 

@@ -143,6 +143,7 @@ class System:
         cache: int | None = None,
     ) -> None:
         base, self.words = base_operator(objective, matrix, cache)
+        self.matrix = base  # without the damping
         n = objective.space.dim
         if base.shape != (n, n):
             raise ShapeError(f"the matrix is {base.shape}, the objective has {n} parameters")

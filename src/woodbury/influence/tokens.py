@@ -93,7 +93,7 @@ def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScor
     """
     objective = influence.objective
     asked = measured(objective, influence.measurement, queries)
-    pieces = [(rows, gradients) for rows, gradients in asked.per_example_gradients()]
+    pieces: list[tuple[slice | Tensor, Tensor]] = list(asked.per_example_gradients())
     directions = influence.system.solve(asked.in_order(pieces).T.contiguous()).value.T
     directions = directions / -objective.num_examples
     looked_at = FactoredGradients(objective.with_data(examples))
@@ -102,7 +102,7 @@ def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScor
         for name, block in looked_at.blocks.items()
     }
     values: list[tuple[Tensor, Tensor]] = []
-    rests: list[tuple[Tensor, Tensor]] = []
+    rests: list[tuple[slice | Tensor, Tensor]] = []
     length = 0
     for batch in looked_at.passes("scores of places"):
         steps = _steps(batch.blocks.values())
@@ -121,7 +121,9 @@ def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScor
         length = max(length, steps)
         values.append((batch.rows, found.transpose(0, 1)))
         rests.append((batch.rows, rest.T))
-    padded = [(rows, _padded(part, length)) for rows, part in values]
+    padded: list[tuple[slice | Tensor, Tensor]] = [
+        (rows, _padded(part, length)) for rows, part in values
+    ]
     inside = looked_at.objective
     return TokenScores(inside.in_order(padded).transpose(0, 1), inside.in_order(rests).T)
 

@@ -1,0 +1,170 @@
+"""What the report shows: for each query the rows behind it, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from woodbury.apps.attribute.network import Network
+from woodbury.apps.attribute.records import Record
+from woodbury.apps.attribute.report import FoundRow, QueryPage, ShownToken, coloured
+from woodbury.apps.attribute.sequences import IGNORED, Sequences
+from woodbury.curvature import KFAC
+from woodbury.influence import Influence, Scores, token_scores
+
+__all__ = ["certificate_lines", "query_pages"]
+
+
+def query_pages(
+    influence: Influence,
+    scores: Scores,
+    train: Sequences,
+    queries: Sequences,
+    network: Network,
+    rows: Sequence[Record],
+    asked: Sequence[Record],
+    losses: Sequence[float],
+    top: int,
+) -> list[QueryPage]:
+    """One page a query, with the ``top`` rows of either side."""
+    pages = []
+    sides = {"support": scores.top(top, "support"), "oppose": scores.top(top, "oppose")}
+    error = None if scores.solve_error is None else scores.error()
+    columns = {int(row): k for k, row in enumerate(scores.rows.tolist())}
+    for q, record in enumerate(asked):
+        found: dict[str, list[tuple[int, float]]] = {}
+        for side, sign in (("support", -1), ("oppose", 1)):
+            pairs = zip(sides[side].rows[q].tolist(), sides[side].values[q].tolist(), strict=True)
+            found[side] = [(row, score) for row, score in pairs if sign * score > 0]
+        wanted = sorted({row for side in found.values() for row, _ in side})
+        places = _places(influence, queries.take([q]), train.take(wanted)) if wanted else None
+        lists: dict[str, list[FoundRow]] = {"support": [], "oppose": []}
+        for side, chosen in found.items():
+            for row, score in chosen:
+                assert places is not None  # some row is wanted
+                own = places[wanted.index(row)].tolist()
+                texts = token_texts(network, train.ids[row])
+                off = None if error is None else float(error[q, columns[row]])
+                lists[side].append(
+                    FoundRow(
+                        _name(rows[row]),
+                        score,
+                        off if off else None,
+                        coloured(texts, own[: len(texts)]),
+                        _label(rows[row]),
+                    )
+                )
+        pages.append(
+            QueryPage(
+                _name(record),
+                losses[q],
+                _asked(network, queries, q),
+                lists["support"],
+                lists["oppose"],
+                _label(record),
+            )
+        )
+    return pages
+
+
+def _places(influence: Influence, query: Sequences, rows: Sequences) -> Tensor:
+    return token_scores(influence, query, rows).values[0]
+
+
+def _name(record: Record) -> str:
+    return record.name if record.name is not None else f"line {record.line}"
+
+
+def _label(record: Record) -> str:
+    return "" if record.label is None else f"class {record.label}"
+
+
+def token_texts(network: Network, ids: Tensor) -> list[str]:
+    """Tokens as text that joins to the sequence, also where characters go over several tokens."""
+    tokenizer = network.tokenizer
+    texts, before = [], ""
+    for stop in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:stop].tolist(), clean_up_tokenization_spaces=False)
+        # Half a character decodes to a replacement sign: it is shown with its other half.
+        if whole.endswith("\ufffd") and stop < len(ids):
+            texts.append("")
+            continue
+        texts.append(
+            whole[len(before) :] if whole.startswith(before) else _alone(tokenizer, ids, stop)
+        )
+        before = whole
+    return texts
+
+
+def _alone(tokenizer: Any, ids: Tensor, stop: int) -> str:
+    return tokenizer.decode(ids[stop - 1 : stop].tolist(), clean_up_tokenization_spaces=False)
+
+
+def _asked(network: Network, queries: Sequences, q: int) -> list[ShownToken]:
+    """The query, with the predicted tokens marked."""
+    texts = token_texts(network, queries.ids[q])
+    labels = queries.labels[q]
+    if labels.dim() == 0:
+        return [ShownToken(text) for text in texts]
+    marked = (labels != IGNORED).tolist()
+    if network.kind == "causal":  # labels stand where they are predicted, one place before
+        marked = [False, *marked[:-1]]
+    else:
+        shown = queries.ids[q].where(labels == IGNORED, labels)
+        texts = token_texts(network, shown)
+    return [
+        ShownToken(text, "asked" if flag else "") for text, flag in zip(texts, marked, strict=True)
+    ]
+
+
+def certificate_lines(influence: Influence, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the scores are worth, as names and sentences."""
+    found = summary["certificate"]
+    lines = [
+        ("curvature", summary["matrix"]),
+        (
+            "parameters",
+            f"{summary['parameters']:,}, {summary['share_of_parameters']:.0%} of the model "
+            f"(--layers {summary['layers']}); what the others learned from a row is not in its "
+            "score",
+        ),
+        ("damping", _damping(summary["damping"])),
+    ]
+    base = influence.system.matrix
+    if isinstance(base, KFAC):
+        shares = ", ".join(f"{form} {share:.0%}" for form, share in base.coverage().shares.items())
+        lines.append(("represented as", shares))
+    if "truncation_error_at_most" in found:
+        lines.append(
+            (
+                "error of the faster form",
+                f"{found['truncation_error_at_most']:.2g} of all scores together (measured on "
+                "exact ones, upper limit)",
+            )
+        )
+    if "error_over_largest_score" in found:
+        lines.append(
+            (
+                f"error of the solves ({found['error_guarantee']})",
+                f"{found['error_over_largest_score']:.2g} of the largest score",
+            )
+        )
+    lines.append(
+        (
+            "not in these numbers",
+            "how far curvature by this matrix is from that of the loss, that the model may not be "
+            "at a minimum, and that training again differs from its first-order effect. Check it "
+            "on your data: woodbury.influence.evaluation trains again without the rows that were "
+            "found.",
+        )
+    )
+    return lines
+
+
+def _damping(damping: float | dict[str, float]) -> str:
+    if not isinstance(damping, dict):
+        return f"{damping:.4g}"
+    low, high = min(damping.values()), max(damping.values())
+    return f"{low:.3g} to {high:.3g}, one for each of {len(damping)} layers"
