@@ -86,6 +86,7 @@ def trained(
             hyper,
             optimizer=optimizer,
             hyper_optimizer=partial(torch.optim.Adam, lr=rate),
+            on_failure="ignore",  # where the series diverges at this rate, the sum before counts
         )
     for _ in range(epochs):
         for batch in loader:
