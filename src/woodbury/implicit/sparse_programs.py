@@ -15,7 +15,8 @@ from woodbury.solvers import SparseLU, solve
 
 __all__ = ["sparse_program"]
 
-_RIDGE = 1e-11  # makes the matrix quasi-definite: it has factors with pivots from the diagonal
+_RIDGE = 1e-12  # makes the matrix quasi-definite, which has a factor with pivots on the diagonal
+_PIVOT = 1e-3  # where such a pivot is smaller than that part of its column, another row is taken
 _REFINEMENTS = 10
 
 
@@ -126,9 +127,13 @@ class _SparseProblem(Problem):
         used = [i for i, size in enumerate(sizes) if size]
         K = scipy.sparse.block_array([[blocks[i][j] for j in used] for i in used]).tocsr()
         sign = torch.cat([torch.ones(self.n), -torch.ones(self.p + self.m)]).double().numpy()
-        ridge = _RIDGE * (1 + (abs(P).max() if P.nnz else 0.0))
         try:
-            factor = superlu(K + scipy.sparse.diags_array(ridge * sign), symmetric=True)
+            factor = superlu(
+                K + scipy.sparse.diags_array(_RIDGE * sign),
+                symmetric=False,
+                ordering="MMD_AT_PLUS_A",
+                pivot_threshold=_PIVOT,
+            )
         except SingularError:  # numbers left their range: the step is refused
             factor = None
 
