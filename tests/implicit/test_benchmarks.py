@@ -88,3 +88,15 @@ def test_distillation(
         assert float(loss) < 2
         assert float(accuracy) > 75
     assert (tmp_path / "images.png").stat().st_size > 0
+
+
+def test_dictionary_learning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--repeats", "1", "--steps", "2", "--rows", "150"]
+    options += ["--figure", str(tmp_path / "areas.png")]
+    out = printed("dictionary_learning.py", options, monkeypatch, capsys)
+    areas = re.findall(r"^(?:l1|l2|dictionary|task).*? +(\d+\.\d\d) ", out, re.MULTILINE)
+    assert len(areas) == 8
+    assert all(80 < float(area) <= 100 for area in areas)
+    assert (tmp_path / "areas.png").stat().st_size > 0
