@@ -193,8 +193,11 @@ def test_a_series_that_diverges_says_so() -> None:
     with pytest.raises(SolveError, match="diverges"):
         learner_of(problem, recipe=recipe, on_failure="raise").step(problem.valid, problem.train)
     assert torch.equal(problem.values()["decay.log_decay"], before["decay.log_decay"])
+    learner = learner_of(problem, recipe=recipe, certify_every=1)
     with pytest.warns(SolveWarning, match="lower the step"):
-        learner_of(problem, recipe=recipe).step(problem.valid, problem.train)
+        learner.step(problem.valid, problem.train)
+    again = learner.step(problem.valid, problem.train)  # warned of once, and said in the report
+    assert again.status is SolveStatus.diverged
     report = learner_of(problem, recipe=recipe, on_failure="ignore").step(
         problem.valid, problem.train
     )

@@ -39,6 +39,7 @@ class Adjoint:
         decays: the penalties by name.
         entering: hyperparameters that are differentiated through the graph.
         on_failure: what to do about a solve that failed.
+        warned: failures that were warned of before; one of each kind is enough in a loop.
 
     Attributes:
         value: the training loss of this process, without penalties.
@@ -53,9 +54,10 @@ class Adjoint:
         decays: Mapping[str, WeightDecay],
         entering: Sequence[str],
         on_failure: Literal["raise", "warn", "ignore"],
+        warned: set[SolveStatus],
     ) -> None:
         self.problem, self.decays, self.entering = problem, decays, entering
-        self.on_failure = on_failure
+        self.on_failure, self.warned = on_failure, warned
         self.local = BatchLinearization(problem, batch)
         self.weights = {name: p.detach() for name, p in problem.params.items()}
         self.value, self.gradient = self.local.value, self.local.gradient
@@ -121,7 +123,9 @@ class Adjoint:
             return
         if self.on_failure == "raise":
             raise SolveError(solution.message(), solution)
-        warnings.warn(solution.message(), SolveWarning, stacklevel=6)
+        if solution.status not in self.warned:
+            self.warned.add(solution.status)
+            warnings.warn(solution.message(), SolveWarning, stacklevel=6)
 
     def _entering(self, found: Parts) -> dict[str, Tensor]:
         """The parts of the hyperparameters that enter through the graph, seen to be there."""

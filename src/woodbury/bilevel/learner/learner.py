@@ -20,7 +20,7 @@ from woodbury.bilevel.problem import Bilevel
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.functions import Selection, select_parameters
 from woodbury.errors import ArgumentError, NonFiniteError
-from woodbury.solvers import Neumann, Recipe
+from woodbury.solvers import Neumann, Recipe, SolveStatus
 
 __all__ = ["HyperLearner"]
 
@@ -83,8 +83,8 @@ class HyperLearner:
             hyperparameters are weight decays (it is free otherwise); it is spent in the first
             of so many steps.
         on_failure: what happens when the linear solve fails (the series diverges, the budget of
-            steps ends): ``"warn"`` and use its best iterate, ``"raise"`` with nothing changed, or
-            ``"ignore"``. The report has the status.
+            steps ends): ``"warn"``, once for each kind of failure, and use its best iterate,
+            ``"raise"`` with nothing changed, or ``"ignore"``. The report has the status.
         seed: of the random numbers of dropout in the training loss.
 
     Attributes:
@@ -172,6 +172,7 @@ class HyperLearner:
         self._implicit = [name for name in self._tensors if name not in apart]
         self._entering = [name for name in self._implicit if name not in closed]
         self._last: tuple[Any, list[bool]] | None = None
+        self._warned: set[SolveStatus] = set()
         self._problem = Bilevel(
             self._losses.inner,
             self._losses.outer,
@@ -270,7 +271,12 @@ class HyperLearner:
         if not self._implicit:
             return HyperReport(of_rates, outer_value)
         adjoint = Adjoint(
-            self._problem, batches["training"], self._decays, self._entering, self.on_failure
+            self._problem,
+            batches["training"],
+            self._decays,
+            self._entering,
+            self.on_failure,
+            self._warned,
         )
         recipe = with_rates(self.recipe, self.optimizer, self._params)
         certify = self.steps % self.certify_every == 0
