@@ -25,9 +25,10 @@ _READING = (
     "of its place: of what the layers learn there, which is mostly to predict the next token. (A "
     "model with attention also learns at a place what later places need.) Colours are scaled for "
     "each row: strong means much of this row's score, not much in comparison with other rows.",
-    "These are derivatives of a model of the curvature, not experiments: they rank rows well, and "
-    "their size is to be trusted less than their order. Rows at the top of the list are worth "
-    "reading; whether they cause what the model says, only training without them tells.",
+    "These are derivatives of a model of the curvature, not experiments: their order is to be "
+    "trusted more than their size, and a score larger than the loss itself is far outside of what "
+    "a first-order statement covers. Rows at the top of the list are worth reading; whether they "
+    "cause what the model says, only training without them tells.",
 )
 
 
