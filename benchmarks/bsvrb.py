@@ -42,7 +42,7 @@ from woodbury.errors import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("WOODBURY_DATA", ROOT / "../shared/data")).resolve()
-RATES = (30.0, 100.0, 300.0, 1000.0)
+RATES = (100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0)
 RIDGE = 1e-2
 POINTS = 6
 
