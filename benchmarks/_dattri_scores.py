@@ -2,8 +2,9 @@
 
     python benchmarks/_dattri_scores.py FOLDER METHOD MODELS
 
-reads FOLDER/given.safetensors (rows, labels, parameter vectors, sizes of the layers) and writes
-FOLDER/METHOD-MODELS.safetensors: scores [queries, rows] with positive ones lowering the loss.
+reads FOLDER/given.safetensors (rows, labels, parameter vectors, sizes of the layers, damping) and
+writes FOLDER/METHOD-MODELS.safetensors: scores [queries, rows], positive ones lowering the loss.
+METHOD is trak, grad_dot, grad_cos, tracin, cg (10 steps, its default) or ekfac.
 """
 
 import itertools
@@ -25,6 +26,7 @@ def build(sizes):
 
 
 def main():
+    from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFAC
     from dattri.algorithm.tracin import TracInAttributor
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
@@ -42,11 +44,18 @@ def main():
         for part in ("train", "test")
     ]
 
+    whole = torch.utils.data.DataLoader(loaders[0].dataset, batch_size=len(given["x_train"]))
+    damping = float(given["damping"])
+
     def logits(params, image):
         return torch.func.functional_call(model, params, image.unsqueeze(0))
 
     def loss(params, pair):
         return nn.functional.cross_entropy(logits(params, pair[0]), pair[1].unsqueeze(0))
+
+    def mean_loss(params, pair):  # of one row or of all, with an axis for it
+        values = torch.func.functional_call(model, params, pair[0])
+        return nn.functional.cross_entropy(values, pair[1])
 
     def margin(params, pair):
         logp = -loss(params, pair)
@@ -64,6 +73,16 @@ def main():
         attributor.cache(loaders[0])
         with torch.no_grad():
             scores = attributor.attribute(loaders[1])
+    elif METHOD in ("cg", "ekfac"):
+        task = AttributionTask(model=model, loss_func=mean_loss, checkpoints=checkpoints)
+        if METHOD == "cg":
+            attributor = IFAttributorCG(task=task, regularization=damping, device="cpu")
+            attributor.cache(whole)
+        else:
+            attributor = IFAttributorEKFAC(task=task, damping=damping, device="cpu")
+            attributor.cache(loaders[0])
+        with torch.no_grad():
+            scores = attributor.attribute(whole, loaders[1])
     else:
         task = AttributionTask(model=model, loss_func=loss, checkpoints=checkpoints)
         attributor = TracInAttributor(

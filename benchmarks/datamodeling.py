@@ -4,7 +4,8 @@ Logistic regression and a 784-128-64-10 network on the first 5,000 training and 
 models trained on random halves (SGD as dattri trains them). Every estimator is given the same
 models, trained on all rows; its score is the mean over them. Nothing is chosen by looking at these
 halves or test rows: the damping is one over the length of training (learning rate times steps, over
-one minus momentum), the library's default, or chosen on 16 other halves and other test rows. Prints
+one minus momentum), the library's default, or chosen on 16 other halves and other test rows, where
+it is also chosen whether labels are drawn and whether losses or margins are averaged. Prints
 the linear datamodeling score with a 95 % interval (over halves and test rows) and seconds for
 scoring. dattri runs in an environment of its own, named by ``WOODBURY_PEERS_PYTHON`` (default
 ``.venv-peers/bin/python``); without it its lines are missing, and that is said.
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from _attribution import PEERS, ROOT, Setting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from woodbury import EKFAC, Cholesky, Influence, Objective
+from woodbury import CG, EKFAC, Cholesky, Influence, Objective
 from woodbury.curvature import RelativeDamping
 from woodbury.errors import SingularError
 from woodbury.influence import Scores, rivals
@@ -36,36 +38,58 @@ from woodbury.influence.evaluation import half_subsets, linear_datamodeling_scor
 Method = Callable[[Objective], Tensor]
 
 
-# Shares of the mean eigenvalue of each layer among which the damping of EK-FAC is chosen.
-SHARES = (1.0, 0.1, 0.01, 1e-3)
+# EK-FAC is chosen among labels drawn from the model or all of them, and dampings that are shares of
+# the mean eigenvalue of each layer.
+KINDS = ("sampled", "exact")
+SHARES = (10.0, 1.0, 0.1, 0.01)
+CHOSEN = "EK-FAC, chosen by other halves"
 
 
-def estimators(setting: Setting, queries: tuple[Tensor, Tensor], share: float) -> dict:
+def estimators(setting: Setting, queries: tuple[Tensor, Tensor], options) -> dict:
     """Names, functions from the objective of a model to scores of losses [Q, N], most models."""
 
     def by(**options) -> Method:
         return lambda objective: Influence(objective, "loss", **options).scores(queries).values
 
+    damping = options.damping or setting.damping
     found: dict[str, tuple[Method, int]] = {}
     if setting.name == "lr" and setting.train > 1000:
         found["exact (Cholesky)"] = by(recipe=Cholesky(), damping=setting.damping), 1
     found["EK-FAC, damping of training"] = by(matrix=ekfac, damping=setting.damping), 10
     found["EK-FAC, default damping"] = by(matrix=ekfac), 10
-    if share != 0.1:  # the default
-        other = by(matrix=ekfac, damping=RelativeDamping(share))
-        found["EK-FAC, damping by other halves"] = other, 10
+    found["EK-FAC, exact, default damping"] = by(matrix=exact), 10
+    if setting.name == "mlp" and setting.train > 1000:
+        found["Gauss-Newton, CG"] = by(recipe=CG(rtol=0.1), damping=damping), 1
     found["Grad-Dot"] = (lambda objective: rivals.grad_dot(objective, queries).values), 1
     found["Grad-Cos"] = (lambda objective: rivals.grad_cos(objective, queries).values), 1
     found["DataInf"] = (lambda objective: rivals.data_inf(objective, queries).values), 1
     return found
 
 
-def ekfac(objective: Objective) -> EKFAC:
-    return EKFAC(objective, "sampled", generator=torch.Generator().manual_seed(0))
+def ekfac(objective: Objective, kind: str = "sampled") -> EKFAC:
+    generator = torch.Generator().manual_seed(0) if kind == "sampled" else None
+    return EKFAC(objective, kind, generator=generator)
 
 
-def chosen_share(setting: Setting, objective: Objective, options, folder: Path) -> float:
-    """The share of damping that predicts other halves for other test rows best."""
+def exact(objective: Objective) -> EKFAC:
+    return ekfac(objective, "exact")
+
+
+def layered(
+    objective: Objective, queries: tuple[Tensor, Tensor], kind: str, share: float, measured: str
+) -> Tensor:
+    """EK-FAC scores that rise with the loss, in the unit of what is measured."""
+    options = {"matrix": ekfac(objective, kind), "damping": RelativeDamping(share)}
+    values = Influence(objective, measured, **options).scores(queries).values
+    return values if measured == "loss" else -values
+
+
+def chosen(setting: Setting, objectives: list, options: argparse.Namespace, folder: Path) -> Method:
+    """The EK-FAC that predicts other halves for other test rows best.
+
+    Kind and damping are chosen with one model; then, with two, whether losses or margins are
+    averaged over models (of one model both give the same order).
+    """
     other = replace(setting, test=2 * setting.test, skip=setting.test, data=None)
     generator = torch.Generator().manual_seed(77)
     count = min(16, options.subsets)
@@ -79,19 +103,27 @@ def chosen_share(setting: Setting, objective: Objective, options, folder: Path) 
         processes=options.processes,
     )
     _, _, *queries = other.rows()
-    matrix = ekfac(objective)
-    found = {}
-    for share in SHARES:
-        influence = Influence(objective, "loss", matrix=matrix, damping=RelativeDamping(share))
-        try:
-            scores = influence.scores(tuple(queries))
-        except SingularError:  # too small for single precision
-            continue
-        found[share] = linear_datamodeling_score(scores, truth, resamples=2).mean.value
-    best = max(found, key=found.get)
-    said = ", ".join(f"{share:g}: {value:.3f}" for share, value in found.items())
-    print(f"damping chosen on {count} other halves and other test rows ({said}): {best:g}")
-    return best
+
+    def best(models: list, settings: list[tuple]) -> tuple:
+        found = {}
+        for given in settings:
+            try:
+                values = sum(layered(model, tuple(queries), *given) for model in models)
+            except SingularError:  # too small a damping for single precision
+                continue
+            found[given] = linear_datamodeling_score(values, truth, resamples=2).mean.value
+        said = ", ".join(f"{' '.join(map(str, g))} {value:.3f}" for g, value in found.items())
+        print(
+            f"on {count} other halves, {len(models)} model{'s' * (len(models) > 1)}: {said}",
+            flush=True,
+        )
+        return max(found, key=found.get)
+
+    kind, share, _ = best(objectives[:1], [(k, s, "loss") for k in KINDS for s in SHARES])
+    measured = "loss"
+    if len(objectives) > 1:
+        *_, measured = best(objectives, [(kind, share, m) for m in ("loss", "margin")])
+    return partial(layered, kind=kind, share=share, measured=measured)
 
 
 def peer_scores(folder: Path, method: str, models: int) -> tuple[Tensor, float] | None:
@@ -113,6 +145,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--subsets", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where trained models are kept")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="lines that have one of these in their name")
+    parser.add_argument("--damping", type=float, help="of CG and dattri's EK-FAC (of training)")
+    parser.add_argument("--queries", type=int, help="score the first test rows only")
     parser.add_argument("--small", action="store_true", help="a few rows and models, no peer")
     parser.add_argument("--figure", type=Path, help="draw the table as a PNG or SVG file")
     options = parser.parse_args(arguments)
@@ -153,6 +188,10 @@ def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
         f"models trained or read in {time.perf_counter() - started:.0f} s"
     )
     x, y, *queries = setting.rows()
+    if options.queries is not None:
+        queries = [part[: options.queries] for part in queries]
+        truth = replace(truth, values=truth.values[..., : options.queries])
+        print(f"only the first {options.queries} test rows are scored, by all")
     objectives = [Objective(setting.restored(v), "cross_entropy", (x, y)) for v in vectors]
     table: dict = {}
 
@@ -162,8 +201,16 @@ def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
         table[name] = found, seconds
         print(f"{name:48s} {found}   {seconds:6.1f} s", flush=True)
 
-    share = chosen_share(setting, objectives[0], options, folder)
-    for name, (method, most) in estimators(setting, tuple(queries), share).items():
+    def wanted(name: str) -> bool:
+        return options.only is None or any(part in name for part in options.only)
+
+    methods = estimators(setting, tuple(queries), options)
+    if wanted(CHOSEN):
+        method = chosen(setting, objectives[:2], options, folder)
+        methods[CHOSEN] = partial(method, queries=tuple(queries)), 10
+    for name, (method, most) in methods.items():
+        if not wanted(name):
+            continue
         total, seconds = torch.zeros(len(queries[0]), setting.train), 0.0
         several = min(options.models, most)
         for count, objective in enumerate(objectives[:several], 1):
@@ -172,10 +219,11 @@ def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
             seconds += time.perf_counter() - start
             if count in (1, several):
                 show(f"{name}, {count} model{'s' * (count > 1)}", total / count, seconds)
-    start = time.perf_counter()
-    dim = 512 if not options.small else 16
-    values = rivals.trak(objectives[0], tuple(queries), dim=dim, measurement="loss").values
-    show("TRAK (ours), 1 model", values, time.perf_counter() - start)
+    if wanted("TRAK (ours), 1 model"):
+        start = time.perf_counter()
+        dim = 512 if not options.small else 16
+        values = rivals.trak(objectives[0], tuple(queries), dim=dim, measurement="loss").values
+        show("TRAK (ours), 1 model", values, time.perf_counter() - start)
     if options.small:
         return table
     if not PEERS.exists():
@@ -189,6 +237,7 @@ def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
         "y_test": queries[1],
         "models": vectors.float(),
         "sizes": torch.tensor(sizes),
+        "damping": torch.tensor(options.damping or setting.damping),
     }
     with tempfile.TemporaryDirectory() as exchange:
         save_file(given, Path(exchange) / "given.safetensors")
@@ -198,10 +247,13 @@ def run(setting: Setting, options: argparse.Namespace, folder: Path) -> dict:
             ("tracin", options.models),
             ("trak", 1),
             ("trak", options.models),
+            ("ekfac", 1),
+            ("cg", 1),
         ]:
-            found = peer_scores(Path(exchange), method, count)
+            name = f"dattri {method}, {count} model{'s' * (count > 1)}"
+            found = peer_scores(Path(exchange), method, count) if wanted(name) else None
             if found is not None:
-                show(f"dattri {method}, {count} model{'s' * (count > 1)}", *found)
+                show(name, *found)
     for count in (1, options.models):
         suffix = f", {count} model{'s' * (count > 1)}"
         ours = {n: t[0].value for n, t in table.items() if n.endswith(suffix) and "dattri" not in n}
