@@ -56,8 +56,10 @@ class Scores:
         rows: which training examples the columns are, ``[N]``.
         support: sign of the scores that speak for the prediction: -1 where a loss is measured.
         solve_error: bound (or estimate) of $\|x_q - A^{-1}\nabla m_q\|$ of every query, ``[Q]``;
-            ``None`` where the error is known for all scores together only.
-        gradient_norms: $\|\nabla\ell_i\| / N$, ``[N]``.
+            ``None`` where the error is known for all scores together only. Of scores from a
+            :class:`GradientStore`: norms of several parts of the query, ``[Q, R]``.
+        gradient_norms: $\|\nabla\ell_i\| / N$, ``[N]``. From a store: norms of the errors of
+            these parts of the example, over $N$, ``[N, R]``.
         proven: whether ``solve_error`` is a bound.
         modules: scores by module, ``[M, Q, N]``, where they were asked for; they add up to
             ``values``.
@@ -98,10 +100,11 @@ class Scores:
             raise ArgumentError(f"support is {self.support}; it must be -1 or 1")
 
     def error(self) -> Tensor:
-        r"""How far each score may be off because of the solve, ``[Q, N]``.
+        r"""How far each score may be off because of the solve or a store, ``[Q, N]``.
 
         $|\hat s_{qi} - s_{qi}| \le \|x_q - A^{-1}\nabla m_q\|\,\|\nabla\ell_i\| / N$, a bound where
-        ``proven``, to the rounding of the inner product.
+        ``proven``, to the rounding of the inner product. From a store: the sum of such products
+        over its parts (see :class:`GradientStore`).
 
         Raises:
             ArgumentError: the scores carry no certificate.
@@ -111,18 +114,28 @@ class Scores:
                 "these scores carry no bound for each of them; certificate() says what is known of "
                 "their error"
             )
-        return torch.outer(self.solve_error, self.gradient_norms.double().cpu())
+        norms = self.gradient_norms.double().cpu()
+        if norms.dim() == 2:
+            return self.solve_error @ norms.T
+        return torch.outer(self.solve_error, norms)
 
     def certificate(self) -> dict[str, Any]:
         """What a reader needs to trust the scores: plain numbers and words."""
         found: dict[str, Any] = {"queries": self.values.shape[0], "examples": self.values.shape[1]}
         if self.solve_error is not None and self.values.numel():
             largest = self.values.abs().amax(1).double().cpu()
-            error = self.solve_error * self.gradient_norms.double().amax().cpu()  # type: ignore[union-attr]
+            error = self._largest_errors()
             ratio = (error / largest).where(largest > 0, 0).amax().item()
             found["error_over_largest_score"] = ratio
             found["error_guarantee"] = "bound" if self.proven else "estimate"
         return {**found, **self.settings, **self.solves}
+
+    def _largest_errors(self) -> Tensor:
+        """Of each query, ``[Q]``; an upper limit where there are several parts."""
+        assert self.solve_error is not None  # seen by the caller
+        assert self.gradient_norms is not None
+        norms = self.gradient_norms.double().amax(0).cpu()
+        return self.solve_error @ norms if norms.dim() else self.solve_error * norms
 
     def top(self, k: int, side: Side = "support") -> Top:
         """The ``k`` strongest training examples for every query.
