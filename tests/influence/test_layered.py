@@ -13,6 +13,7 @@ from woodbury import CG, EKFAC, Influence, Objective
 from woodbury.curvature import RelativeDamping
 from woodbury.errors import ArgumentError, DataError, NonFiniteError, SingularError
 from woodbury.influence import layered
+from woodbury.influence.truncation import Draw, heaviest
 
 
 class Tokens(nn.Module):
@@ -173,6 +174,45 @@ def test_what_the_terms_do_not_reach_is_exact() -> None:
     fast = Influence(objective, matrix="ekfac", tolerance=1e-6).scores(queries)
     error = ((fast.values - exact.values).norm() / exact.values.norm()).item()
     assert error <= max(1e-6, fast.solves.get("truncation_error_at_most", 0.0))
+
+
+@pytest.mark.parametrize("queried", [1, 40])
+def test_the_heaviest_pairs_are_exact(queried: int) -> None:
+    objective, (x, y) = wide_problem()
+    queries = x[:queried], y[:queried]
+    exact = Influence(objective, matrix="ekfac", tolerance=0.0).scores(queries, modules=True)
+    fast = Influence(objective, matrix="ekfac", tolerance=0.1).scores(queries, modules=True)
+    assert fast.solves["terms"]  # it is approximate
+    rows, columns = heaviest(exact.values)
+    assert (len(rows), len(columns)) == (-(-queried // 4), 50)
+    difference = (fast.values - exact.values).abs()
+    top = exact.values[rows].square().sum(0).topk(12).indices  # heavy in the rough scores too
+    worst = rows[exact.values[rows].square().sum(1).argmax()]
+    scale = exact.values.abs().max()
+    assert difference[worst, top].max() <= 1e-5 * scale
+    assert difference.max() > 1e-4 * scale
+    assert fast.modules is not None
+    torch.testing.assert_close(fast.modules.sum(0), fast.values, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_what_is_drawn_estimates_the_error_outside_the_exact_block() -> None:
+    gen = torch.Generator().manual_seed(0)
+    sizes = torch.rand(400, generator=gen, dtype=torch.float64) ** 4
+    exact = torch.randn(8, 400, generator=gen, dtype=torch.float64) * sizes
+    rough = exact * (1 + 0.05 * torch.randn(8, 400, generator=gen, dtype=torch.float64))
+    block = heaviest(rough)
+    rough[block[0][:, None], block[1]] = exact[block[0][:, None], block[1]]
+    draw = Draw.of(rough, block)
+    assert draw is not None
+    found = draw.truncation(exact[:, draw.unique], rough[:, draw.unique], {})
+    true = ((rough - exact).norm() / exact.norm()).item()
+    assert found.relative == pytest.approx(true, rel=0.3)
+    assert true <= found.upper
+    everything = torch.arange(8), torch.arange(400)
+    even = Draw.of(rough, everything)  # nothing is left: drawn evenly, without a division by zero
+    assert even is not None
+    assert even.truncation(rough[:, even.unique], rough[:, even.unique], {}).upper == 0.0
+    assert Draw.of(torch.zeros(3, 5), heaviest(torch.zeros(3, 5))) is None
 
 
 class KilledError(Exception):

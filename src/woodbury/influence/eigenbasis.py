@@ -14,10 +14,15 @@ queries, so that gradients of training examples are not rotated. The error weigh
 sizes of both gradients, so the terms are those of the singular value decomposition of
 $d^S_j W_{jk} d^A_k$ with $d^S_j = (\mathrm{E}[(\tilde g^q_j)^2]\,\mathrm{E}[(\tilde
 g^i_j)^2])^{1/2}$, and $d^A$ likewise.
+
+Terms beyond about the eighth gain little, because gradients have heavy tails and few pairs of
+a query and an example make most of the error. :mod:`woodbury.influence.layered` computes those
+pairs exactly, and takes terms for the others.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +107,12 @@ class VectorQueries:
 
     exact = scores
 
+    def take(self, part: Tensor) -> VectorQueries:
+        """Some of the queries."""
+        found = copy(self)
+        found.solved = self.solved[part]
+        return found
+
     def forget_terms(self) -> None:
         """There are none."""
 
@@ -125,6 +136,13 @@ class MatrixQueries:
         self._terms: tuple[Tensor, Tensor] | None = None
         self._dense: Tensor | None = None
 
+    def take(self, part: Tensor) -> MatrixQueries:
+        """Some of the queries, without terms."""
+        found = copy(self)
+        found.a, found.g = self.a[part], self.g[part]
+        found._terms = found._dense = None
+        return found
+
     # ---------------------------------------------------------------- exact
 
     def exact(self, gradients: MatrixGradients) -> Tensor:
@@ -133,6 +151,11 @@ class MatrixQueries:
         a, g = self.eigen.rotate(gradients)
         if self.single and g.shape[1] == 1:
             a, g = a[:, 0], g[:, 0]
+            if len(W) < len(self.g):  # few outputs: a product of matrices for each
+                total = g.new_zeros(len(self.g), len(g))
+                for gi, gq, w in zip(g.T, self.g[:, 0].T, W, strict=True):
+                    total.addcmul_((self.a[:, 0] * w * gq[:, None]) @ a.T, gi)
+                return total
             rows = [
                 ((g * gq) @ W).mul_(aq).mul_(a).sum(1)
                 for gq, aq in zip(self.g[:, 0], self.a[:, 0], strict=True)
@@ -178,13 +201,20 @@ class MatrixQueries:
     def errors(
         self, spectrum: Spectrum, sample: MatrixGradients, exact: Tensor, weights: Tensor
     ) -> Tensor:
-        """Weighted squared error of the scores of a sample with 0, 1, ... terms, made falling."""
+        """Weighted squared error of the scores of a sample with 0, 1, ... terms, made falling.
+
+        Args:
+            spectrum: the terms.
+            sample: gradients of examples.
+            exact: their scores, ``[Q, b]``.
+            weights: of the squares, ``[Q, b]``.
+        """
         a, g = self.eigen.rotate(sample)
         left = exact.clone()
-        squares = [(left.double().square() @ weights).sum()]
+        squares = [(left.double().square() * weights).sum()]
         for u, v in zip(*spectrum.terms(len(spectrum.values)), strict=True):
             left -= ((self.g[:, 0] * u) @ g[:, 0].T) * ((self.a[:, 0] * v) @ a[:, 0].T)
-            squares.append((left.double().square() @ weights).sum())
+            squares.append((left.double().square() * weights).sum())
         return torch.stack(squares).cpu().flip(0).cummax(0).values.flip(0)
 
     def pays(self, count: int) -> bool:

@@ -75,7 +75,8 @@ class Influence:
             layer. It is in ``scores.settings``.
         tolerance: relative error in the Frobenius norm over all scores that a separable form of
             the inverse spectrum may cost where scores go layer by layer; it is measured on a
-            sample of exact scores, and the certificate has its upper limit. 0 for exact scores.
+            sample of exact scores, and the certificate has its upper limit. Queries with small
+            scores may have a larger error of their own. 0 for exact scores.
         memory: bytes that scores, solves, gradients and linearised curvature may take together,
             beside the model and the data. Default half of what is free.
         throw: raise where a solve fails; otherwise its status is in ``scores.solves``.

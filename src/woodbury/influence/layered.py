@@ -21,7 +21,7 @@ from woodbury.influence.eigenbasis import (
 )
 from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
 from woodbury.influence.runs import Run
-from woodbury.influence.truncation import Draw, Truncation, allocate
+from woodbury.influence.truncation import Draw, Truncation, allocate, heaviest
 
 __all__ = ["Inverses", "Layered", "layered_self_scores", "rows_of_data"]
 
@@ -31,7 +31,7 @@ Prepared = dict[str, MatrixQueries | VectorQueries]
 
 # Terms of a first look, and the part of the tolerance that is aimed at: what is measured in the end
 # is an upper limit.
-_ROUGH, _AIM = 12, 0.6
+_ROUGH, _AIM = 12, 0.5
 _PILOT = 1024
 _ATTEMPTS = 4
 
@@ -106,7 +106,7 @@ class Layered:
             last = attempt == _ATTEMPTS - 1
             terms = self._choose_terms(groups, 0.0 if last else tolerance)
             values, parts = self._pass(groups, f"scores-{attempt}")
-            truncation = self._measure(groups, values, terms) if terms else None
+            truncation = self._refine(groups, values, parts, terms) if terms else None
             if truncation is None or truncation.upper <= self.tolerance:
                 break
             tolerance *= 0.8 * self.tolerance / truncation.upper
@@ -146,7 +146,10 @@ class Layered:
     # ---------------------------------------------------------------- terms
 
     def _choose_terms(self, groups: Sequence[Prepared], tolerance: float) -> dict[str, int]:
-        """Give every block as many terms as the tolerance needs on a few training examples."""
+        """Give every block as many terms as the tolerance needs on a few training examples.
+
+        The heaviest pairs do not count, because :meth:`_refine` will compute such ones exactly.
+        """
         for group in groups:
             for query in group.values():
                 query.forget_terms()
@@ -161,13 +164,16 @@ class Layered:
                 if found is not None and len(found.values):
                     spectra[name] = found
                     query.use_terms(found, min(_ROUGH, len(found.values)))
-        draw = Draw.of(_total(_each(groups[0], batch))) if spectra else None
+        rough = _total(_each(groups[0], batch)) if spectra else self.norms.new_zeros(1, 1)
+        heavy = heaviest(rough)
+        draw = Draw.of(rough, heavy)
         if draw is None:
             return {}
         pilot = {name: take(gradients, draw.unique) for name, gradients in batch.items()}
         exact = _each(groups[0], pilot, exact=True)
-        weights = draw.weights()
-        allowed = (_AIM * tolerance) ** 2 * float((_total(exact).double().square() @ weights).sum())
+        weights = draw.weights().repeat(len(rough), 1)
+        weights[heavy[0][:, None], torch.isin(draw.unique, heavy[1]).nonzero().squeeze(1)] = 0
+        allowed = (_AIM * tolerance) ** 2 * draw.total
         errors, costs = {}, {}
         for name, found in spectra.items():
             query, sample = groups[0][name], pilot[name]
@@ -241,25 +247,48 @@ class Layered:
 
     # ---------------------------------------------------------- certificate
 
-    def _measure(
-        self, groups: Sequence[Prepared], values: Tensor, terms: Mapping[str, int]
+    def _refine(
+        self,
+        groups: Sequence[Prepared],
+        values: Tensor,
+        parts: Tensor | None,
+        terms: Mapping[str, int],
     ) -> Truncation:
-        """Exact scores of some examples beside the approximate ones."""
-        draw = Draw.of(values)
+        """Exact scores of the heaviest pairs, in place, and of some others for the error."""
+        heavy = queries, columns = heaviest(values)
+        draw = Draw.of(values, heavy)
         if draw is None:
             return Truncation(0.0, 0.0, 0, terms)
-        wanted = self.rows[draw.unique]
-        exact = values.new_zeros(len(values), len(wanted))
+        everything = torch.arange(len(values), device=values.device)
+        (group,) = groups  # several have no terms
+        for part, places in ((queries, columns), (everything, draw.unique)):
+            few = {name: query.take(part) for name, query in group.items()}
+            exact, pieces = self._exact(few, places)
+            if part is everything:
+                truncation = draw.truncation(exact, values[:, places], terms)
+            values[part[:, None], places] = exact
+            if parts is not None:
+                parts[:, part[:, None], places] = pieces
+        return truncation
+
+    def _exact(self, group: Prepared, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact scores of some columns, ascending: ``[Q, u]``, and of the blocks ``[M, Q, u]``."""
+        wanted, count = self.rows[columns], _width(group)
+        exact = self.norms.new_zeros(count, len(wanted))
+        parts = self.norms.new_zeros(len(self.names), count, len(wanted))
         subset = rows_of_data(self.objective, wanted)
         order = torch.cat([rows for rows, _ in subset])
         few = self.objective.with_data([data for _, data in subset])
-        column = 0
-        for batch in FactoredGradients(few, dense=self.factored.dense).passes("certificate"):
-            found = torch.cat([_total(_each(group, batch.blocks, exact=True)) for group in groups])
-            rows = order[column : column + batch.size]
-            exact[:, torch.searchsorted(wanted, rows)] = found / -self.objective.num_examples
+        column, factor = 0, -1 / self.objective.num_examples
+        for batch in FactoredGradients(few, dense=self.factored.dense).passes("exact scores"):
+            found = _each(group, batch.blocks, exact=True)
+            places = torch.searchsorted(wanted, order[column : column + batch.size])
+            exact[:, places] = factor * _total(found)
+            for part, key in zip(parts, self.names, strict=True):
+                if key in found:
+                    part[:, places] = factor * found[key]
             column += batch.size
-        return draw.truncation(exact, values[:, draw.unique], terms)
+        return exact, parts
 
 
 def _sizes(places: Sequence[Tensor]) -> list[int]:

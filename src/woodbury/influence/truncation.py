@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Truncation", "allocate"]
+__all__ = ["Draw", "Truncation", "allocate", "heaviest"]
 
 _SAMPLE = 64
+# One in so many queries and training examples are heavy: exact scores cost the product.
+_QUERIES, _ROWS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Truncation:
     r"""What the separable form costs: $\|\hat S - S\|_F / \|S\|_F$ over all scores.
 
     Found by computing the scores of some training examples exactly, drawn with replacement and
-    probabilities in proportion to the squares of their scores.
+    probabilities in proportion to the squares of their scores, but for those that are exact.
 
     Attributes:
         relative: the estimate.
@@ -44,6 +46,18 @@ class Truncation:
         )
 
 
+def heaviest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of scores ``[Q, N]`` with the largest norms, a share of each, ascending.
+
+    Sizes of gradients have heavy tails: examples that the model gets wrong carry most of the
+    squares of all scores, and so most of the error. Exact scores where they meet, a small share of
+    all, allow the terms to be fewer for all the others.
+    """
+    squares = values.double().square()
+    queries = squares.sum(1).topk(-(-len(values) // _QUERIES)).indices.sort().values
+    return queries, squares.sum(0).topk(values.shape[1] // _ROWS).indices.sort().values
+
+
 @dataclass(frozen=True, eq=False)
 class Draw:
     """Training examples drawn with chances in proportion to the squares of their scores.
@@ -61,14 +75,22 @@ class Draw:
     total: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Draw | None:
-        """Draw from the columns of scores ``[Q, N]``; ``None`` where all are zero."""
-        squares = values.double().square().sum(0)
+    def of(cls, values: Tensor, exact: tuple[Tensor, Tensor]) -> Draw | None:
+        """Draw from the columns of scores ``[Q, N]``; ``None`` where all are zero.
+
+        Args:
+            values: the scores.
+            exact: rows and columns where they are exact: without a weight in the chances.
+        """
+        squares = values.double().square()
         total = float(squares.sum())
         if total == 0:
             return None
+        squares[exact[0][:, None], exact[1]] = 0
+        chance, even = squares.sum(0), 1 / squares.shape[1]
+        rest = chance.sum()
         # A share of even draws, so that an example whose scores are missed altogether can be met.
-        chance = 0.9 * squares / total + 0.1 / len(squares)
+        chance = 0.9 * chance / rest + 0.1 * even if rest > 0 else torch.full_like(chance, even)
         generator = torch.Generator(chance.device).manual_seed(0)
         drawn = torch.multinomial(chance, _SAMPLE, replacement=True, generator=generator)
         unique, inverse = drawn.unique(return_inverse=True)
