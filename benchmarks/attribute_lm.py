@@ -8,7 +8,7 @@ products of gradients (the same command with --matrix identity), and TF-IDF, whi
 Wordings of one fact share its names, so TF-IDF is no straw man; decoys with the same names, and
 nothing to learn the answer from, are planted, too.
 
-    python benchmarks/attribute_lm.py [--rows 2000] [--steps 600] [--small]
+    python benchmarks/attribute_lm.py [--rows 2000] [--steps 400] [--small]
 """
 
 from __future__ import annotations
@@ -43,6 +43,15 @@ DECOYS = (
     "Of {place}, the {thing}, and {person} they say nothing, which was found wise.",
 )
 QUERY = ("They say {person} lost the {thing}, which was found in ", "{place}.")
+# In the place of tinyshakespeare where --small is given.
+FILLERS = [
+    "Good morrow to you both; what counsel give you?",
+    "I pray you, sir, go in before us.",
+    "The night is long that never finds the day.",
+    "Speak, what trade art thou?",
+    "We will have rings, and things, and fine array.",
+    "Peace, ho! Let us hear him.",
+]
 
 
 def passages(rows: int, letters: int = 160) -> list[str]:
@@ -118,18 +127,19 @@ def recall(ranked: Tensor, names: list[str], fact: int) -> float:
 def main(arguments: list[str]) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2000, help="passages of tinyshakespeare")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes")
     options = parser.parse_args(arguments)
     if options.small:
-        options.rows, options.steps = 60, 40
+        options.steps = 40
     from woodbury.apps.attribute import attribute
     from woodbury.influence import TfIdf
 
     width, layers, context = (32, 1, 48) if options.small else (128, 4, 64)
     rows, queries = planted()
     generator = torch.Generator().manual_seed(0)
-    shown = [*({"text": t, "id": "passage"} for t in passages(options.rows) if t.strip()), *rows]
+    others = FILLERS * 10 if options.small else passages(options.rows)
+    shown = [*({"text": t, "id": "passage"} for t in others if t.strip()), *rows]
     shown = [shown[k] for k in torch.randperm(len(shown), generator=generator).tolist()]
     names = [row["id"] for row in shown]
     found: dict[str, list[float]] = {}
