@@ -17,6 +17,7 @@ from woodbury import (
     Dense,
     Diagonal,
     Eigh,
+    GaussNewton,
     Influence,
     Neumann,
     Nystrom,
@@ -245,6 +246,37 @@ def test_scores_do_not_depend_on_how_the_data_is_cut() -> None:
         Influence(Objective(model, "cross_entropy", train), memory=least - 1, **kwargs).scores(
             queries
         )
+
+
+def test_the_memory_reaches_the_curvature() -> None:
+    """What is kept of the linearised curvature is part of the budget of a run."""
+    model, train, queries = network(), rows(30, 1), rows(7, 2)
+    tight = Influence(
+        Objective(model, "cross_entropy", train),
+        recipe=CG(rtol=1e-13),
+        damping=DAMPING,
+        memory=7 * 30 * 8 + 11 * 43 * 8 + 4,
+    )
+    tight.scores(queries)
+    matrix = tight.system.matrix
+    assert isinstance(matrix, GaussNewton)
+    assert matrix.cache_report().budget == 1
+
+
+@pytest.mark.parametrize(("matrix", "passes"), [("kfac", 2), ("ekfac", 3), ("diagonal", 2)])
+def test_a_forecast_fits_nothing(matrix: Any, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, queries = network(), rows(30, 1), rows(4, 2)
+    influence = Influence(Objective(model, "cross_entropy", train), matrix=matrix)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the matrix was made")
+
+    monkeypatch.setattr("woodbury.influence.influence.base_operator", never)
+    monkeypatch.setattr("woodbury.influence.systems.base_operator", never)
+    forecast = influence.forecast(queries)
+    assert (forecast.passes, forecast.products) == (passes, 0)
+    assert forecast.memory > 4 * 30 * 8
+    assert forecast.gradient_seconds > 0
 
 
 def test_chosen_rows_and_modules() -> None:

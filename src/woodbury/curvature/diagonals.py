@@ -85,7 +85,7 @@ def diagonal_curvature(
         total = torch.zeros(objective.space.dim, dtype=torch.float64, device=objective.device)
         for left, right in _pairs(objective, kind, method, samples, generator):
             total += (left * right).sum((0, 1))
-        values = total / objective.num_examples + torch.as_tensor(objective.l2).to(total)
+        values = total / objective.num_examples + torch.as_tensor(objective.l2, dtype=torch.float64)
     values = values.to(objective.dtype)
     tags = set()
     if bool((values >= 0).all()):
@@ -158,7 +158,8 @@ def block_curvature(
                 a, b = (side[..., start:stop].flatten(0, 1) for side in (left, right))
                 matrix.addmm_(a.T, b)
         count = objective.num_examples
-        penalty = torch.as_tensor(objective.l2).to(matrices[0]).expand(objective.space.dim)
+        penalty = torch.as_tensor(objective.l2, dtype=torch.float64, device=objective.device)
+        penalty = penalty.expand(objective.space.dim)
         for (start, stop), matrix in zip(ends, matrices, strict=True):
             matrix /= count
             matrix.diagonal().add_(penalty[start:stop])

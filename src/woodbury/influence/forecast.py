@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from woodbury.curvature import Objective
+from woodbury.curvature import FactoredGradients, Objective
+from woodbury.curvature.layers import MatrixBlock, MatrixGradients
 from woodbury.curvature.per_example import ExampleGradients
 from woodbury.errors import ArgumentError, BudgetError
 from woodbury.operators.memory import available_bytes, in_words
 
-__all__ = ["Forecast", "Plan", "gradient_seconds", "make_plan", "solve_bytes"]
+__all__ = ["Forecast", "Plan", "gradient_seconds", "layered_cost", "make_plan", "solve_bytes"]
 
 # Vectors that a solve holds for every right-hand side: b, x, r, z, p, A p and two to work with.
 _VECTORS = 8
@@ -141,3 +142,28 @@ def gradient_seconds(objective: Objective, chunk: int, examples: int) -> float:
     start = time.perf_counter()
     gradients.of(batch, few)
     return (time.perf_counter() - start) / (few.stop - few.start) * examples
+
+
+def layered_cost(objective: Objective) -> tuple[float, int]:
+    """Of K-FAC: seconds of a pass over one example, and bytes of factors and eigenvalues.
+
+    Measured on the first batch: to the outputs of the layers and back, and the products of the
+    inputs and of the gradients that the factors are made of.
+    """
+    gradients = FactoredGradients(objective)
+    itemsize = torch.finfo(objective.dtype).bits // 8
+    numbers = 0
+    for block in gradients.blocks.values():
+        if isinstance(block, MatrixBlock):
+            numbers += block.p**2 + block.m**2 + block.p * block.m
+        else:
+            numbers += 2 * block.size(objective.space)
+    start = time.perf_counter()
+    batch = next(iter(gradients.passes("forecast")))
+    for found in batch.blocks.values():
+        if isinstance(found, MatrixGradients) and not found.one_hot:
+            for side in (found.inputs, found.grads):
+                flat = side.flatten(0, 1)
+                flat.T @ flat
+    # Sums, eigenbases in double precision, and what the user's dtype keeps of them.
+    return (time.perf_counter() - start) / batch.size, 4 * numbers * itemsize

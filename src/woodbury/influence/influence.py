@@ -17,7 +17,14 @@ from woodbury.curvature.damping import Damping
 from woodbury.curvature.promotion import promoted
 from woodbury.errors import ArgumentError, StructureError
 from woodbury.influence.chunks import chosen_rows
-from woodbury.influence.forecast import Forecast, Plan, gradient_seconds, make_plan, solve_bytes
+from woodbury.influence.forecast import (
+    Forecast,
+    Plan,
+    gradient_seconds,
+    layered_cost,
+    make_plan,
+    solve_bytes,
+)
 from woodbury.influence.layered import Layered, layered_self_scores
 from woodbury.influence.measurements import Measurement, measured, support
 from woodbury.influence.pairwise import Pairwise, self_scores
@@ -36,6 +43,9 @@ from woodbury.solvers import Recipe
 __all__ = ["Influence"]
 
 ProgressCallback = Callable[[str, float], object]
+
+# Passes over the training examples that make a matrix, where it is not one of products.
+_FITS = {"kfac": 1, "ekfac": 2, "diagonal": 1}
 
 
 class Influence:
@@ -190,12 +200,12 @@ class Influence:
         asked = self._asked(queries)
         chosen = chosen_rows(objective, rows)
         names, owner = _modules(objective)
-        if self.system.inverses is not None:
-            return self._layered(asked, chosen, modules, folder)
         plan = make_plan(
             objective, self._memory, asked.num_examples, len(chosen), len(names) * modules
         )
         system = self._prepared(plan)
+        if system.inverses is not None:
+            return self._layered(asked, chosen, modules, folder)
         words = {"kind": "scores", "modules": modules, "rows": _digest(chosen)}
         run = self._run(folder, words, system, asked)
         pairwise = Pairwise(
@@ -263,15 +273,15 @@ class Influence:
             :class:`SelfInfluence`, ``[N]``.
         """
         objective = self.objective
-        if self.system.inverses is not None:
-            run = self._run(folder, {"kind": "self influence"}, self.system, None)
-            found = layered_self_scores(objective, self.system.inverses, run, self._say)
-            nothing = torch.zeros(len(found), dtype=torch.float64)
-            return SelfInfluence(found, nothing, True, self._settings(self.system), {"ok": True})
         plan = make_plan(objective, self._memory, 1, objective.num_examples, 0)
         # Here every example is a right-hand side.
         plan = replace(plan, columns=max(1, plan.cache // solve_bytes(objective)))
         system = self._prepared(plan)
+        if system.inverses is not None:
+            run = self._run(folder, {"kind": "self influence"}, system, None)
+            found = layered_self_scores(objective, system.inverses, run, self._say)
+            nothing = torch.zeros(len(found), dtype=torch.float64)
+            return SelfInfluence(found, nothing, True, self._settings(system), {"ok": True})
         run = self._run(folder, {"kind": "self influence"}, system, None)
         values, error = self_scores(objective, system, plan, run, self._say)
         return SelfInfluence(
@@ -288,17 +298,34 @@ class Influence:
         Raises:
             BudgetError: it would not fit into the memory.
 
-        Cost: the gradients of some 100 examples and one product with the matrix; nothing is kept.
+        Cost: the gradients of some 100 examples and, where the recipe multiplies, two products
+        with the matrix; nothing is kept, and no matrix is fitted. (A function that makes the matrix
+        is called.) K-FAC and EK-FAC count with the passes that fit them.
         """
         objective = self.objective
         asked = self._asked(queries)
         chosen = chosen_rows(objective, rows)
         count = asked.num_examples
         plan = make_plan(objective, self._memory, count, len(chosen), 0)
-        gradients = gradient_seconds(objective, plan.chunk, len(chosen))
-        product, products = self._products(plan, count)
-        passes = -(-count // plan.columns)
+        recipe, matrix, _ = self._given
         vector = objective.space.dim * torch.finfo(objective.dtype).bits // 8
+        fits = _FITS.get(matrix, 0) if isinstance(matrix, str) else 0
+        if recipe is None and matrix in ("kfac", "ekfac"):
+            seconds, factors = layered_cost(objective)
+            passes = fits + 1
+            disk = 2 * plan.scores + len(chosen) * 8
+            return Forecast(
+                plan.scores + factors,
+                disk,
+                passes,
+                seconds * max(objective.num_examples, len(chosen)),
+                0.0,
+                0,
+                plan,
+            )
+        gradients = gradient_seconds(objective, plan.chunk, len(chosen))
+        product, products = self._products(plan, count) if not fits else (0.0, 0)
+        passes = fits - (-count // plan.columns)
         disk = count * vector + 2 * plan.scores + passes * len(chosen) * 8
         memory = min(plan.budget, plan.peak(objective))
         return Forecast(memory, disk, passes, gradients, product, products, plan)
@@ -309,7 +336,7 @@ class Influence:
         base, _ = base_operator(
             self.objective, matrix, None if self._memory is None else plan.cache
         )
-        if matrix in ("kfac", "ekfac") or base.has_inverse:
+        if base.has_inverse:
             return 0.0, 0
         n = base.shape[0]
         probe = torch.ones(n, dtype=base.dtype, device=base.device)

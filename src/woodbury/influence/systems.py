@@ -9,13 +9,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from woodbury.curvature import EKFAC, KFAC, Fisher, GaussNewton, Hessian, Objective, RelativeDamping
+from woodbury.curvature import (
+    EKFAC,
+    KFAC,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Objective,
+    RelativeDamping,
+    diagonal_curvature,
+)
 from woodbury.curvature.damping import Damping
 from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.errors import ArgumentError, ShapeError
 from woodbury.influence.eigenbasis import EigenBlock, VectorInverse
 from woodbury.influence.kronecker import layer_inverses
-from woodbury.operators import Dense, Diagonal, Identity, LinearOperator
+from woodbury.operators import Dense, Identity, LinearOperator
 from woodbury.solvers import (
     CG,
     LU,
@@ -226,23 +235,11 @@ def base_operator(
             n, dtype=objective.dtype, device=objective.device, space=objective.space
         ), "identity"
     if matrix == "diagonal":
-        return _diagonal(objective), "diagonal of the empirical Fisher"
+        return diagonal_curvature(objective, "empirical_fisher"), "diagonal of the empirical Fisher"
     raise ArgumentError(
         f"matrix is {matrix!r}; give one of {', '.join(map(repr, _NAMES))}, a LinearOperator, or a "
         "function that makes one of the objective"
     )
-
-
-def _diagonal(objective: Objective) -> LinearOperator:
-    """The diagonal of the empirical Fisher matrix, in one pass."""
-    total = torch.zeros(objective.space.dim, dtype=torch.float64, device=objective.device)
-    weights = objective.weights
-    for rows, gradients in objective.per_example_gradients():
-        squares = gradients.square()
-        total += (squares if weights is None else squares * weights[rows, None]).sum(0)
-    values = total / objective.num_examples + torch.as_tensor(objective.l2, dtype=total.dtype)
-    tags = {"positive_semidefinite"} if bool((values >= 0).all()) else set()
-    return Diagonal(values.to(objective.dtype), tags=tags, space=objective.space)
 
 
 def _damped(

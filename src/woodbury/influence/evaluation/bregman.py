@@ -177,7 +177,7 @@ class _Divergence:
     def __init__(self, objective: Objective, damping: float) -> None:
         self.objective = objective
         self.start = objective.params_vector()
-        self.pull = torch.as_tensor(objective.l2).to(self.start) + damping
+        self.pull = torch.as_tensor(objective.l2, dtype=self.start.dtype) + damping
         self.batches: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
         params = objective.space.unflatten(self.start)
         for batch in objective.batches("outputs"):
