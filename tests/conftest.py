@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -41,3 +43,27 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; set WOODBURY_DATA")
     return folder
+
+
+@pytest.fixture
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a script of the folder of benchmarks with some arguments, and return what it prints.
+
+    No peer is there, and threads that the script asks for are given back.
+    """
+    monkeypatch.setenv("WOODBURY_PEERS_PYTHON", "no-such-interpreter")
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def run(name: str, *arguments: str) -> str:
+        threads = torch.get_num_threads()
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        try:
+            runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run

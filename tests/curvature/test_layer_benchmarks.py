@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import gzip
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -31,21 +27,14 @@ def pack(tmp_path, monkeypatch):
     monkeypatch.setenv("WOODBURY_DATA", str(tmp_path))
 
 
-def run(name, monkeypatch, capsys, *words):
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
-    monkeypatch.setattr("sys.argv", [name, "--small", *words])
-    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_fit_of_both_models(pack, monkeypatch, capsys):
-    out = run("layer_fit.py", monkeypatch, capsys, "--no-peer")
+def test_fit_of_both_models(pack, printed):
+    out = printed("layer_fit.py", "--small", "--no-peer")
     assert re.search(r"^mlp, 64 rows: woodbury \d+\.\d+ s; kronfluence is missing", out, re.M)
     assert re.search(r"^transformer, 8 rows: woodbury", out, re.M)
 
 
-def test_every_recipe_is_in_the_table_of_damped_solves(pack, monkeypatch, capsys):
-    out = run("damped_solves.py", monkeypatch, capsys)
+def test_every_recipe_is_in_the_table_of_damped_solves(pack, printed):
+    out = printed("damped_solves.py", "--small")
     number = r"\d\.\de[-+]\d\d"
     for name in ("K-FAC alone", "EK-FAC alone"):
         assert re.search(rf"^{name} +{number}$", out, re.M)

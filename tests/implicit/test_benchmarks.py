@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,46 +11,26 @@ import pytest
 # torch warns of itself when forward mode is used first.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is dep:DeprecationWarning")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def printed(
-    name: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    """What a script prints."""
-    monkeypatch.setenv("WOODBURY_PEERS_PYTHON", "no-such-interpreter")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr("sys.argv", [name, *arguments])
-    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_logistic(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = printed(
-        "implicit_logistic.py", ["--penalties", "1e-2", "--repeats", "1"], monkeypatch, capsys
-    )
+def test_logistic(printed: Callable[..., str]) -> None:
+    out = printed("implicit_logistic.py", "--penalties", "1e-2", "--repeats", "1")
     assert float(re.search(r"\|gradient\| (\S+)", out)[1]) < 1e-8
     assert float(re.search(r"error of the hypergradient (\S+)", out)[1]) < 1e-5
     assert "jaxopt           not there" in out
 
 
-def test_svm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_svm(printed: Callable[..., str]) -> None:
     options = ["--rows", "60", "--features", "80", "--repeats", "1"]
-    out = printed("implicit_svm.py", options, monkeypatch, capsys)
+    out = printed("implicit_svm.py", *options)
     row = out.splitlines()[-1].replace("|", " ").split()
     implicit, fewest, doubled = float(row[2]), float(row[5]), float(row[9])
     assert max(implicit, fewest, doubled) < 1e-4
 
 
-def test_molecular_dynamics(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_molecular_dynamics(printed: Callable[..., str], tmp_path: Path) -> None:
     options = ["--particles", "16", "--seeds", "2", "--packing", "1.0"]
     options += ["--figure", str(tmp_path / "discs.png")]
-    out = printed("molecular_dynamics.py", options, monkeypatch, capsys)
+    out = printed("molecular_dynamics.py", *options)
     rows = [line for line in out.splitlines() if line.startswith("implicit, ")]
     assert len(rows) == 4
     for row in rows:
@@ -59,11 +39,9 @@ def test_molecular_dynamics(
     assert (tmp_path / "discs.png").stat().st_size > 0
 
 
-def test_jacobian_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_jacobian_error(printed: Callable[..., str], tmp_path: Path) -> None:
     options = ["--steps", "200", "--figure", str(tmp_path / "errors.png")]
-    out = printed("jacobian_error.py", options, monkeypatch, capsys)
+    out = printed("jacobian_error.py", *options)
     constant = float(re.search(r"ratio of implicit at most (\S+)", out)[1])
     ridge = [line.split() for line in out.split("logistic")[0].splitlines()]
     rows = [[float(word) for word in row] for row in ridge if len(row) == 6 and row[0].isdigit()]
@@ -75,12 +53,10 @@ def test_jacobian_error(
     assert (tmp_path / "errors.png").stat().st_size > 0
 
 
-def test_distillation(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_distillation(printed: Callable[..., str], tmp_path: Path) -> None:
     options = ["--digits", "--evaluations", "10", "--setting", "0.1", "1e-3"]
     options += ["--figure", str(tmp_path / "images.png")]
-    out = printed("distillation.py", options, monkeypatch, capsys)
+    out = printed("distillation.py", *options)
     rows = re.findall(r"(implicit|implicit, LBFGS|unrolled) +\d.* (\S+) +(\S+) +(\S+) %", out)
     assert len(rows) == 3
     for _, error, loss, accuracy in rows:
@@ -90,12 +66,10 @@ def test_distillation(
     assert (tmp_path / "images.png").stat().st_size > 0
 
 
-def test_dictionary_learning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_dictionary_learning(printed: Callable[..., str], tmp_path: Path) -> None:
     options = ["--repeats", "1", "--steps", "2", "--rows", "150"]
     options += ["--figure", str(tmp_path / "areas.png")]
-    out = printed("dictionary_learning.py", options, monkeypatch, capsys)
+    out = printed("dictionary_learning.py", *options)
     areas = re.findall(r"^(?:l1|l2|dictionary|task).*? +(\d+\.\d\d) ", out, re.MULTILINE)
     assert len(areas) == 8
     assert all(80 < float(area) <= 100 for area in areas)

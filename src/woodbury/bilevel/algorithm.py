@@ -304,6 +304,13 @@ def require_count(count: int, what: str, *, least: int = 0) -> int:
     return count
 
 
+def require_positive(value: float, what: str) -> float:
+    """``value``, seen to be positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ArgumentError(f"{what} is {value!r}; it must be positive and finite")
+    return value
+
+
 def require_apart(params: Mapping[str, Tensor], hyper: Mapping[str, Tensor]) -> None:
     """Raise unless all tensors can be changed in place, each by itself."""
     seen: dict[int, str] = {}

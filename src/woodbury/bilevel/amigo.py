@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
-from woodbury.bilevel.algorithm import BilevelAlgorithm, OptimizerLike, StepReport, require_count
+from woodbury.bilevel.algorithm import (
+    BilevelAlgorithm,
+    OptimizerLike,
+    StepReport,
+    require_count,
+    require_positive,
+)
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.sampling import BatchSize
-from woodbury.errors import ArgumentError
 
 __all__ = ["AmIGO"]
 
@@ -93,11 +97,9 @@ class AmIGO(BilevelAlgorithm):
             project=project,
             seed=seed,
         )
-        if not 0 < adjoint_step < math.inf:
-            raise ArgumentError(f"adjoint_step is {adjoint_step}; it must be positive")
         self.inner_steps = require_count(inner_steps, "inner_steps")
         self.adjoint_steps = require_count(adjoint_steps, "adjoint_steps", least=1)
-        self.adjoint_step = adjoint_step
+        self.adjoint_step = require_positive(adjoint_step, "adjoint_step")
         self.z = torch.zeros_like(problem.params_vector())
 
     def _step(self) -> StepReport:

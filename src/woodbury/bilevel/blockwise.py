@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from woodbury.bilevel.algorithm import OptimizerLike, advance, as_optimizer, require_apart
+from woodbury.bilevel.algorithm import (
+    OptimizerLike,
+    advance,
+    as_optimizer,
+    require_apart,
+    require_positive,
+)
 from woodbury.bilevel.parts import Tensors, named, or_zeros, write
 from woodbury.errors import ArgumentError, DataError, DtypeError, NonFiniteError, ShapeError
 from woodbury.spaces import Space
@@ -103,10 +109,8 @@ class Blockwise:
             raise ArgumentError(f"tracking is {tracking}; it needs 0 < a <= 1 and g >= 0")
         if not 0 < momentum <= 1:
             raise ArgumentError(f"momentum is {momentum}; it must be in (0, 1]")
-        if not 0 < inner_step < math.inf:
-            raise ArgumentError(f"inner_step is {inner_step}; it must be positive and finite")
         self.tracking, self.momentum = (a, g), momentum
-        self.inner_step = inner_step
+        self.inner_step = require_positive(inner_step, "inner_step")
         self.outer_optimizer = as_optimizer(outer, self.hyper, "outer")
         self._losses = {"inner": inner_loss, "outer": outer_loss}
         self._data = {"inner": inner_data, "outer": outer_data}

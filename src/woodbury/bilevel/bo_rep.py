@@ -15,6 +15,7 @@ from woodbury.bilevel.algorithm import (
     OptimizerLike,
     StepReport,
     require_count,
+    require_positive,
 )
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.rates import Rates
@@ -118,14 +119,13 @@ class BOREP(BilevelAlgorithm):
             project=project,
             seed=seed,
         )
-        if not 0 < adjoint_step < math.inf:
-            raise ArgumentError(f"adjoint_step is {adjoint_step}; it must be positive and finite")
         if not 0 <= momentum < 1:
             raise ArgumentError(f"momentum is {momentum}; it must be in [0, 1)")
         for name, value in (("radius", radius), ("warm_radius", warm_radius)):
             if not value > 0:
                 raise ArgumentError(f"{name} is {value}; it must be positive")
-        self.adjoint_step, self.momentum = adjoint_step, momentum
+        self.adjoint_step = require_positive(adjoint_step, "adjoint_step")
+        self.momentum = momentum
         self.radius, self.warm_radius = radius, warm_radius
         self.period = require_count(period, "period", least=1)
         self.inner_steps = require_count(inner_steps, "inner_steps", least=1)

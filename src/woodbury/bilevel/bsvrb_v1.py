@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.algorithm import OptimizerLike
+from woodbury.bilevel.algorithm import OptimizerLike, require_positive
 from woodbury.bilevel.blockwise import Blockwise, _Point
 from woodbury.bilevel.parts import Tensors
-from woodbury.errors import ArgumentError
 from woodbury.implicit import project_semidefinite
 from woodbury.operators import BlockDiagonal
 from woodbury.solvers import Recipe, solve
@@ -139,9 +137,8 @@ class BSVRBv1(Blockwise):
             outer=outer,
             generator=generator,
         )
-        if not 0 < min_curvature < math.inf:
-            raise ArgumentError(f"min_curvature is {min_curvature}; it must be positive and finite")
-        self.min_curvature, self.recipe = min_curvature, recipe
+        self.min_curvature = require_positive(min_curvature, "min_curvature")
+        self.recipe = recipe
         p = self._y.shape[1]
         self._hessians = self._y.new_zeros(self.count, p, p)
 

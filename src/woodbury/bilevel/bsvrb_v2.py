@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.algorithm import OptimizerLike
+from woodbury.bilevel.algorithm import OptimizerLike, require_positive
 from woodbury.bilevel.blockwise import Blockwise, _Point
 from woodbury.bilevel.parts import Tensors
-from woodbury.errors import ArgumentError
 
 __all__ = ["BSVRBv2"]
 
@@ -134,10 +132,8 @@ class BSVRBv2(Blockwise):
             generator=generator,
         )
         adjoint_step = inner_step if adjoint_step is None else adjoint_step
-        for name, value in (("adjoint_step", adjoint_step), ("radius", radius)):
-            if not 0 < value < math.inf:
-                raise ArgumentError(f"{name} is {value}; it must be positive and finite")
-        self.adjoint_step, self.radius = adjoint_step, radius
+        self.adjoint_step = require_positive(adjoint_step, "adjoint_step")
+        self.radius = require_positive(radius, "radius")
         self.adjoints = torch.zeros_like(self._y)
         self._misfits = torch.zeros_like(self._y)
         self._missed = torch.zeros(self.count, dtype=torch.int64)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.algorithm import require_apart
+from woodbury.bilevel.algorithm import require_apart, require_positive
 from woodbury.bilevel.parts import Tensors, named, or_zeros, write
 from woodbury.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 from woodbury.spaces import Space
@@ -168,8 +168,7 @@ class LVHBA:
             "bound": bound,
         }
         for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise ArgumentError(f"{name} is {value}; it must be positive and finite")
+            require_positive(value, name)
         if not 0 <= penalty[1] < 0.5:
             raise ArgumentError(f"penalty[1] is {penalty[1]}; it must be in [0, 1/2)")
         self._inner, self._outer, self._constraint = inner, outer, constraint

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from woodbury.bilevel.algorithm import BilevelAlgorithm, OptimizerLike, StepReport
+from woodbury.bilevel.algorithm import (
+    BilevelAlgorithm,
+    OptimizerLike,
+    StepReport,
+    require_positive,
+)
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.rates import Rates
 from woodbury.bilevel.sampling import BatchSize
@@ -139,6 +144,4 @@ def step_of(given: float | None, inner: OptimizerLike, what: str) -> float:
         if isinstance(inner, bool) or not isinstance(inner, int | float):
             raise ArgumentError(f"give {what}: it follows inner only where that is a learning rate")
         given = float(inner)
-    if not 0 < given < math.inf:
-        raise ArgumentError(f"{what} is {given}; it must be positive and finite")
-    return given
+    return require_positive(given, what)

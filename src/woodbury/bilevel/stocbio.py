@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from woodbury.bilevel.algorithm import BilevelAlgorithm, OptimizerLike, StepReport, require_count
+from woodbury.bilevel.algorithm import (
+    BilevelAlgorithm,
+    OptimizerLike,
+    StepReport,
+    require_count,
+    require_positive,
+)
 from woodbury.bilevel.problem import Bilevel
 from woodbury.bilevel.sampling import BatchSize
-from woodbury.errors import ArgumentError
 
 __all__ = ["StocBiO"]
 
@@ -87,11 +91,9 @@ class StocBiO(BilevelAlgorithm):
             project=project,
             seed=seed,
         )
-        if not 0 < step < math.inf:
-            raise ArgumentError(f"step is {step}; it must be positive")
         self.inner_steps = require_count(inner_steps, "inner_steps")
         self.terms = require_count(terms, "terms")
-        self.series_step = step
+        self.series_step = require_positive(step, "step")
 
     def _step(self) -> StepReport:
         self.descend(self.inner_steps)

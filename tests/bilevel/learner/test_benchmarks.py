@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import re
-import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
-
-def printed(
-    name: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    monkeypatch.setattr("sys.argv", [name, *arguments])
-    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_millions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = printed("hyper_millions.py", ["--small"], monkeypatch, capsys)
+def test_millions(printed: Callable[..., str]) -> None:
+    out = printed("hyper_millions.py", "--small")
     assert float(re.search(r"published by at most (\S+),", out)[1]) < 1e-5
     products = re.findall(r"^K = (\d)(, certified)? .* (\d)(?:  residual.*)?$", out, re.M)
     assert [(int(k), int(n)) for k, certified, n in products if not certified] == [
@@ -33,14 +20,12 @@ def test_millions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_overfit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, printed: Callable[..., str], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     figure = tmp_path / "overfit.svg"
     monkeypatch.setenv("WOODBURY_DATA", "no-such-folder")  # digits, which are always there
-    out = printed(
-        "validation_overfit.py", ["--small", "--figure", str(figure)], monkeypatch, capsys
-    )
+    out = printed("validation_overfit.py", "--small", "--figure", str(figure))
     per_weight = re.search(r"^linear +one per weight (.*)$", out, re.M)[1].split()
     for_all = re.search(r"^linear +one for all (.*)$", out, re.M)[1].split()
     assert (per_weight[0], for_all[0]) == ("650", "1")
@@ -48,9 +33,9 @@ def test_overfit(
     assert figure.read_text().count("<svg") == 1
 
 
-def test_clean_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_weights(printed: Callable[..., str]) -> None:
     pytest.importorskip("sklearn")
-    out = printed("clean_weights.py", ["--small"], monkeypatch, capsys)
+    out = printed("clean_weights.py", "--small")
     found = dict(re.findall(r"^ +20% (.*?) +([\d.]+) +[\d.]+ ", out, re.M))
     assert float(found["weights of examples"]) > 0.8
     assert float(found["learned labels"]) > 0.8
