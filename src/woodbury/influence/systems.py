@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,22 +54,7 @@ __all__ = [
     "products_at_most",
 ]
 
-Matrix = (
-    Literal[
-        "gauss_newton",
-        "hessian",
-        "fisher",
-        "empirical_fisher",
-        "kfac",
-        "ekfac",
-        "diagonal",
-        "identity",
-    ]
-    | LinearOperator
-    | Callable[[Objective], LinearOperator]
-)
-
-_NAMES = (
+_Name = Literal[
     "gauss_newton",
     "hessian",
     "fisher",
@@ -78,7 +63,9 @@ _NAMES = (
     "ekfac",
     "diagonal",
     "identity",
-)
+]
+Matrix = _Name | LinearOperator | Callable[[Objective], LinearOperator]
+
 # Up to this many parameters the curvature is formed and factorised where no recipe is given.
 DENSE_LIMIT = 3000
 # Of the mean eigenvalue, where no damping is given: Grosse et al. 2023, section 3.
@@ -237,7 +224,7 @@ def base_operator(
     if matrix == "diagonal":
         return diagonal_curvature(objective, "empirical_fisher"), "diagonal of the empirical Fisher"
     raise ArgumentError(
-        f"matrix is {matrix!r}; give one of {', '.join(map(repr, _NAMES))}, a LinearOperator, or a "
+        f"matrix is {matrix!r}; give one of {', '.join(map(repr, get_args(_Name)))}, a LinearOperator, or a "
         "function that makes one of the objective"
     )
 
