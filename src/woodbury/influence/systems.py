@@ -224,8 +224,8 @@ def base_operator(
     if matrix == "diagonal":
         return diagonal_curvature(objective, "empirical_fisher"), "diagonal of the empirical Fisher"
     raise ArgumentError(
-        f"matrix is {matrix!r}; give one of {', '.join(map(repr, get_args(_Name)))}, a LinearOperator, or a "
-        "function that makes one of the objective"
+        f"matrix is {matrix!r}; give one of {', '.join(map(repr, get_args(_Name)))}, a "
+        "LinearOperator, or a function that makes one of the objective"
     )
 
 
