@@ -101,6 +101,9 @@ class VectorQueries:
     def __init__(self, inverse: VectorInverse, gradients: VectorGradients) -> None:
         self.solved = inverse.apply(gradients.values)
 
+    def __len__(self) -> int:
+        return len(self.solved)
+
     def scores(self, gradients: VectorGradients) -> Tensor:
         """``[Q, b]``."""
         return self.solved @ gradients.values.T
@@ -135,6 +138,9 @@ class MatrixQueries:
         self.single = self.g.shape[1] == 1
         self._terms: tuple[Tensor, Tensor] | None = None
         self._dense: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.g)
 
     def take(self, part: Tensor) -> MatrixQueries:
         """Some of the queries, without terms."""

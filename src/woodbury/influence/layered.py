@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +24,26 @@ from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
 from woodbury.influence.runs import Run
 from woodbury.influence.truncation import Draw, Truncation, allocate, heaviest
 
-__all__ = ["Inverses", "Layered", "layered_self_scores", "rows_of_data"]
+__all__ = ["Inverses", "Layered", "Queries", "layered_self_scores", "rows_of_data"]
 
 Gradients = MatrixGradients | VectorGradients
 Inverses = Mapping[str, EigenBlock | VectorInverse]
 Prepared = dict[str, MatrixQueries | VectorQueries]
+
+
+class Queries(Protocol):
+    """Queries of one block, ready to be scored against the gradients of training examples."""
+
+    def __len__(self) -> int: ...
+
+    def scores(self, gradients: Any, /) -> Tensor:
+        """``[Q, b]``."""
+        ...
+
+    def exact(self, gradients: Any, /) -> Tensor:
+        """The same without any approximation."""
+        ...
+
 
 # Terms of a first look, and the part of the tolerance that is aimed at: what is measured in the end
 # is an upper limit.
@@ -203,7 +219,9 @@ class Layered:
 
     # ----------------------------------------------------------------- pass
 
-    def _pass(self, groups: Sequence[Prepared], name: str) -> tuple[Tensor, Tensor | None]:
+    def _pass(
+        self, groups: Sequence[Mapping[str, Queries]], name: str
+    ) -> tuple[Tensor, Tensor | None]:
         count = sum(_width(group) for group in groups)
         values = self.norms.new_zeros(count, len(self.rows))
         parts = self.norms.new_zeros(len(self.names), count, len(self.rows))
@@ -223,8 +241,7 @@ class Layered:
                 for part, key in zip(parts, self.names, strict=True):
                     piece = [one.get(key, torch.zeros_like(_total(one))) for one in found]
                     part[:, columns] = factor * torch.cat(piece)
-                squares = torch.stack([norms_squared(part) for part in blocks.values()]).sum(0)
-                self.norms[columns] = squares.sqrt()
+                self.norms[columns] = self._sizes_of(blocks)
             done += len(columns)
             self.say("scoring the training examples", done / len(self.rows))
             if time.monotonic() - last >= SECONDS_BETWEEN_PIECES or done == len(self.rows):
@@ -234,6 +251,10 @@ class Layered:
             if done == len(self.rows):
                 break
         return values, parts if self.names else None
+
+    def _sizes_of(self, blocks: Mapping[str, Gradients]) -> Tensor:
+        """What is kept of the sizes of gradients: norms over all blocks, ``[b]``."""
+        return torch.stack([norms_squared(part) for part in blocks.values()]).sum(0).sqrt()
 
     def _restored(self, name: str, values: Tensor, parts: Tensor) -> tuple[int, int]:
         kept = self.run.load(name)
@@ -271,7 +292,7 @@ class Layered:
                 parts[:, part[:, None], places] = pieces
         return truncation
 
-    def _exact(self, group: Prepared, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact(self, group: Mapping[str, Queries], columns: Tensor) -> tuple[Tensor, Tensor]:
         """Exact scores of some columns, ascending: ``[Q, u]``, and of the blocks ``[M, Q, u]``."""
         wanted, count = self.rows[columns], _width(group)
         exact = self.norms.new_zeros(count, len(wanted))
@@ -295,20 +316,19 @@ def _sizes(places: Sequence[Tensor]) -> list[int]:
     return [len(part) for part in places]
 
 
-def _width(group: Prepared) -> int:
-    first = next(iter(group.values()))
-    return len(first.solved if isinstance(first, VectorQueries) else first.g)
+def _width(group: Mapping[str, Queries]) -> int:
+    return len(next(iter(group.values())))
 
 
 def _each(
-    group: Prepared, blocks: Mapping[str, Gradients], *, exact: bool = False
+    group: Mapping[str, Queries], blocks: Mapping[str, Gradients], *, exact: bool = False
 ) -> dict[str, Tensor]:
     """Scores of every block that the queries and the examples share, ``[Q, b]``."""
     found = {}
     for name, query in group.items():
         if name in blocks:
             way = query.exact if exact else query.scores
-            found[name] = way(blocks[name])  # type: ignore[arg-type]
+            found[name] = way(blocks[name])
     if not found:
         raise DataError("the queries and the training data use no parameter in common")
     return found
