@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from woodbury._files import atomic
 from woodbury.errors import ArgumentError
-from woodbury.influence.files import atomic
 
 if TYPE_CHECKING:
     from woodbury.influence.scores import Scores, Side

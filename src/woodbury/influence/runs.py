@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from woodbury._files import atomic
 from woodbury.curvature import Objective
 from woodbury.errors import DataError
-from woodbury.influence.files import atomic, load_tensors, save_tensors
+from woodbury.influence.files import load_tensors, save_tensors
 
 __all__ = ["Run", "fingerprint"]
 

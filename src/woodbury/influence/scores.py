@@ -200,7 +200,7 @@ class Scores:
             k: rows of each query; all by default.
             side: see :meth:`top`.
         """
-        from woodbury.influence.files import atomic
+        from woodbury._files import atomic
 
         frame = self.to_frame(k, side)
         with atomic(Path(path)) as temporary:

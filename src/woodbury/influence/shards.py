@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from woodbury._files import atomic
 from woodbury.errors import DataError
-from woodbury.influence.files import atomic
 
 __all__ = [
     "Chunk",

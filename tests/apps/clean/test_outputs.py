@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from woodbury.apps.clean.outputs import (
     Correction,
     build_rows,
     cleaned_frame,
-    plain,
     write_cleaned,
-    write_json,
     write_rows,
 )
 from woodbury.apps.tables import prepare_labels, read_table
@@ -175,18 +172,3 @@ def test_row_files_hold_the_same(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(back, rows, check_dtype=False)
     stored = pd.read_parquet(write_rows(rows, tmp_path, "parquet"))
     pd.testing.assert_frame_equal(stored, rows, check_dtype=False)
-
-
-def test_json_is_strict(tmp_path: Path) -> None:
-    content = {
-        "a": np.float32(1.5),
-        "b": [np.int64(3), float("nan"), float("inf")],
-        3: {"c": np.array([True, False]), "d": Path("x"), "e": None},
-    }
-    path = write_json(content, tmp_path / "s.json")
-    assert json.loads(path.read_text()) == {
-        "a": 1.5,
-        "b": [3, None, None],
-        "3": {"c": [True, False], "d": "x", "e": None},
-    }
-    assert plain((1, 2)) == [1, 2]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from woodbury.apps.clean.settings import Settings, parse_bytes
+from woodbury.apps.clean.settings import Settings
 from woodbury.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -16,29 +16,6 @@ GOOD: dict[str, Any] = {
     "budget": "2GiB",
     "format": "auto",
 }
-
-
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [
-        ("2GiB", 2 * 1024**3),
-        ("2 gib", 2 * 1024**3),
-        ("2G", 2 * 1024**3),
-        ("1.5GB", 1_500_000_000),
-        ("500MB", 500_000_000),
-        ("128M", 128 * 1024**2),
-        (70_000_000, 70_000_000),
-        ("1t", 1024**4),
-    ],
-)
-def test_amounts(text: str | int, amount: int) -> None:
-    assert parse_bytes(text) == amount
-
-
-@pytest.mark.parametrize("text", ["", "much", "2 GiBs", "-1GiB", "1e9", "0", "1MiB", "10"])
-def test_bad_amounts(text: str) -> None:
-    with pytest.raises(DataError):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from woodbury.apps.clean.state import RunFolder, atomic
+from woodbury.apps.clean.state import RunFolder
 from woodbury.errors import DataError
 
 SETTINGS = {"label": "kind", "seed": 0}
@@ -107,18 +107,3 @@ def test_a_broken_state_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "run.json").write_text(text)
     assert RunFolder.open(tmp_path, resume=True).read() is None
-
-
-def test_atomic_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text("old")
-
-    def fail() -> None:
-        with atomic(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

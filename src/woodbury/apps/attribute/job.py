@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from woodbury import __version__
+from woodbury._files import atomic
 from woodbury.apps.attribute.layers import LAYERS, choose_layers
 from woodbury.apps.attribute.network import Network, load_network
 from woodbury.apps.attribute.pages import certificate_lines, query_pages
 from woodbury.apps.attribute.records import Record, read_records
 from woodbury.apps.attribute.report import write_report
 from woodbury.apps.attribute.sequences import Sequences, encode
-from woodbury.apps.clean.outputs import write_json
-from woodbury.apps.clean.settings import parse_bytes
-from woodbury.apps.clean.state import atomic
+from woodbury.apps.files import writable_folder, write_json
 from woodbury.apps.progress import Display
+from woodbury.apps.settings import check_seed, parse_bytes
 from woodbury.curvature import EKFAC, KFAC, Objective
 from woodbury.errors import DataError
 from woodbury.influence import Influence, Scores, TfIdf
@@ -152,7 +152,7 @@ def attribute(
         options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
         sequences = encode(rows, network, file=Path(train).name, **options)
         queries = encode(asked, network, file=Path(query).name, **options)
-        folder = None if out is None else _folder(Path(out))
+        folder = None if out is None else writable_folder(Path(out))
         work = None if folder is None else folder / "work"
         chosen = _similar(sequences, queries, keep)
         params = choose_layers(network.model, layers)
@@ -229,22 +229,7 @@ def _check(
     for name, value in (("keep", keep), ("top", top)):
         if value is not None and value < 1:
             raise DataError(f"--{name} must be at least 1, not {value}.")
-    if not 0 <= seed < 2**31:
-        raise DataError(f"--seed must be a whole number from 0 to 2147483647, not {seed}.")
-
-
-def _folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".woodbury-probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise DataError(
-            f"The output folder {folder} cannot be written ({error.strerror or error}). Choose "
-            "another with --out."
-        ) from None
-    return folder
+    check_seed(seed)
 
 
 def _similar(sequences: Sequences, queries: Sequences, keep: int | None) -> Tensor | None:

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from woodbury.apps.clean.report import TEMPLATES as SHARED
-from woodbury.apps.clean.state import atomic
+from woodbury.apps.pages import write_page
 
 __all__ = ["FoundRow", "QueryPage", "ShownToken", "coloured", "write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "attribute.html.j2"
 
 _READING = (
     "Each score says what training on the row once more, with the weight that every row has in the "
@@ -124,24 +120,14 @@ def write_report(
     Returns:
         The path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("attribute.html.j2").render(
-        summary=summary,
-        queries=queries,
-        certificate=certificate,
-        reading=_READING,
-        verdict=_verdict(summary),
-        style=Markup((SHARED / "report.css").read_text(encoding="utf-8")),
-    )
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    values = {
+        "summary": summary,
+        "queries": queries,
+        "certificate": certificate,
+        "reading": _READING,
+        "verdict": _verdict(summary),
+    }
+    return write_page(path, TEMPLATE, values)
 
 
 def _verdict(summary: dict[str, Any]) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from woodbury._files import load_tensors, save_tensors
+from woodbury.errors import DataError
 
 __all__ = ["Checkpoint", "State"]
 
-FORMAT = "woodbury clean 1"
+FORMAT = "woodbury clean 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,25 +85,16 @@ class Checkpoint:
             "history": state.history,
             "retuned": state.retuned,
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "state": json.dumps(words)})
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(self.path, tensors, words, form=FORMAT)
 
     def load(self, rows: int) -> State | None:
         """The stored state of a run over ``rows`` rows, or None where there is none."""
         if self.path is None or not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+            tensors, words = load_tensors(self.path, form=FORMAT)
+        except DataError:
             return None
-        weights = tensors.get("weights", torch.empty(0))
-        if metadata.get("format") != FORMAT or len(weights) != rows:
+        if len(tensors["weights"]) != rows:
             return None
-        words = json.loads(metadata["state"])
-        return State(weights=weights, error=tensors.get("error"), **words)
+        return State(weights=tensors["weights"], error=tensors.get("error"), **words)

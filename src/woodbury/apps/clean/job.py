@@ -22,13 +22,12 @@ from woodbury.apps.clean.outputs import (
     Correction,
     build_rows,
     cleaned_frame,
-    plain,
     write_cleaned,
-    write_json,
     write_rows,
 )
 from woodbury.apps.clean.settings import Settings
 from woodbury.apps.clean.state import RunFolder
+from woodbury.apps.files import plain, write_json
 from woodbury.apps.progress import Display, ProgressCallback
 from woodbury.apps.tables import Prepared, Table, prepare, read_table, trusted_mask
 from woodbury.errors import DataError

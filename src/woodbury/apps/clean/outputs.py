@@ -1,9 +1,7 @@
-"""The data frames of a run, and the files ``rows``, ``cleaned`` and ``summary.json``."""
+"""The data frames of a run, and the files ``rows`` and ``cleaned``."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
-from woodbury.apps.clean.state import atomic
+from woodbury._files import atomic
 from woodbury.apps.tables import CHANGED_COLUMN, Labels, Table
 from woodbury.apps.tables.delimited import rewrite
 from woodbury.errors import DataError
 
-__all__ = ["Correction", "build_rows", "cleaned_frame", "write_cleaned", "write_json", "write_rows"]
+__all__ = ["Correction", "build_rows", "cleaned_frame", "write_cleaned", "write_rows"]
 
 # A label is called wrong, and replaced in the cleaned table, above this error probability.
 SUSPECT = 0.5
@@ -198,26 +196,3 @@ def _cleaned_arrow(table: Table, correction: Correction) -> pa.Table:
     labels = pa.Array.from_pandas(correction.apply(table.labels))
     arrow = arrow.set_column(arrow.column_names.index(table.label), table.label, labels)
     return arrow.append_column(CHANGED_COLUMN, pa.array(correction.changed))
-
-
-def write_json(content: dict[str, Any], path: Path) -> Path:
-    """Write strict JSON: NumPy numbers as numbers, NaN and infinity as null."""
-    with atomic(path) as temporary:
-        text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return path
-
-
-def plain(value: Any) -> Any:
-    """A value as what JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)

@@ -6,21 +6,20 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from woodbury.apps.clean.report_certificate import certificate_groups
 from woodbury.apps.clean.report_charts import calibration_chart, histogram, matrix, scatter
 from woodbury.apps.clean.report_rows import suspect_cards
-from woodbury.apps.clean.state import atomic
+from woodbury.apps.pages import write_page
 
 if TYPE_CHECKING:
     from woodbury.apps.clean.job import CleanResult
 
 __all__ = ["write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 MODEL_WORDS = {
     "linear": {
         "classification": "a linear model (multinomial logistic regression)",
@@ -47,17 +46,7 @@ def write_report(result: CleanResult, path: Path) -> Path:
     Returns:
         The path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(_context(result))
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return write_page(path, TEMPLATE, _context(result))
 
 
 def _context(result: CleanResult) -> dict[str, Any]:
@@ -71,7 +60,6 @@ def _context(result: CleanResult) -> dict[str, Any]:
     return {
         "summary": summary,
         "labelled": len(probability),
-        "style": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         "model": _model_words(summary),
         "cards": cards,
         "pictures": bool(cards) and "image" in cards[0],

@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from woodbury._files import atomic
+from woodbury.apps.files import writable_folder
 from woodbury.errors import DataError
 
-__all__ = ["OUTPUTS", "RunFolder", "atomic"]
+__all__ = ["OUTPUTS", "RunFolder"]
 
 OUTPUTS = (
     "rows.csv",
@@ -30,29 +29,6 @@ OUTPUTS = (
     "report.html",
 )
 FORMAT = 1
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; put it in place when the block succeeds.
-
-    Whoever reads ``path`` sees the old file or the whole new one, never a part.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     with atomic(Path(folder) / "a.txt") as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     (Path(folder) / "a.txt").read_text()
-        'whole'
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -82,16 +58,7 @@ class RunFolder:
         Raises:
             DataError: it cannot be written, holds other files, or a run that was killed.
         """
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".woodbury-probe"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise DataError(
-                f"The output folder {path} cannot be written ({error.strerror or error}). "
-                "Choose another with --out, or free this one."
-            ) from None
+        writable_folder(path)
         folder = cls(path, resume)
         earlier = folder.read()
         if earlier is None:

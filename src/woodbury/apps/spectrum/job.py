@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from woodbury import __version__
-from woodbury.apps.clean.outputs import write_json
-from woodbury.apps.clean.settings import parse_bytes
-from woodbury.apps.clean.state import atomic
+from woodbury._files import atomic
+from woodbury.apps.files import writable_folder, write_json
 from woodbury.apps.progress import Display
+from woodbury.apps.settings import check_seed, parse_bytes
 from woodbury.apps.spectrum.matrix import Source, read_matrix
 from woodbury.apps.spectrum.model import read_model
 from woodbury.apps.spectrum.report import write_report
@@ -115,14 +115,13 @@ def spectrum(
         raise DataError(
             "Give a matrix, as in 'woodbury spectrum FILE.mtx', or '--model module:factory'."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise DataError(f"seed must be a whole number from 0 to 2147483647, not {seed!r}.")
+    check_seed(seed)
     for name, value, least in (("probes", probes, 2), ("steps", steps, 1)):
         if value < least:
             raise DataError(f"--{name} must be at least {least}, not {value}.")
     memory = parse_bytes(budget)
     picture = None if figure is None else _drawable(Path(figure))
-    folder = None if out is None else _writable(Path(out))
+    folder = None if out is None else writable_folder(Path(out))
     with Display(quiet=not progress) as display:
         display("reading", 0.0)
         if matrix is not None:
@@ -168,26 +167,12 @@ def _only_for_models(**given: Any) -> None:
             raise DataError(f"--{name} belongs to --model, and a matrix was given.")
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".woodbury-probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise DataError(
-            f"The output folder {folder} cannot be written ({error.strerror or error}). Choose "
-            "another with --out."
-        ) from None
-    return folder
-
-
 def _drawable(path: Path) -> Path:
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise DataError(f"--figure is {path.name}; give a name that ends in .png, .svg or .pdf.")
     if find_spec("matplotlib") is None:
         raise DataError('--figure needs matplotlib. Install it with: pip install "woodbury[plot]"')
-    _writable(path.parent)
+    writable_folder(path.parent)
     return path
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
-from markupsafe import Markup
 
-from woodbury.apps.clean.report import TEMPLATES as SHARED
-from woodbury.apps.clean.state import atomic
+from woodbury.apps.pages import write_page
 from woodbury.apps.spectrum.charts import density_chart, distribution_chart
 
 if TYPE_CHECKING:
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "spectrum.html.j2"
 
 
 def write_report(summary: dict[str, Any], found: SpectralDensity, path: Path) -> Path:
@@ -32,17 +29,7 @@ def write_report(summary: dict[str, Any], found: SpectralDensity, path: Path) ->
     Returns:
         The path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("spectrum.html.j2").render(_context(summary, found))
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return write_page(path, TEMPLATE, _context(summary, found))
 
 
 def _context(summary: dict[str, Any], found: SpectralDensity) -> dict[str, Any]:
@@ -53,7 +40,6 @@ def _context(summary: dict[str, Any], found: SpectralDensity) -> dict[str, Any]:
     least = 0.1 / (found.n * found.smoothing() * (2 * torch.pi) ** 0.5)
     return {
         "summary": summary,
-        "style": Markup((SHARED / "report.css").read_text(encoding="utf-8")),
         "verdict": _verdict(summary),
         "density": density_chart(x.numpy(), y.numpy(), least),
         "distribution": distribution_chart(nodes[order].numpy(), weights[order].numpy()),
