@@ -23,6 +23,7 @@ from woodbury import (
     Nystrom,
     Objective,
 )
+from woodbury.curvature import diagonal_curvature
 from woodbury.errors import (
     ArgumentError,
     BudgetError,
@@ -322,6 +323,20 @@ def test_default_damping_is_a_tenth_of_the_mean_eigenvalue_and_said() -> None:
     assert scores.settings["damping_chosen"]
     regularised = Influence(Objective(model, "cross_entropy", train, l2=0.1)).scores(queries)
     assert regularised.settings["damping"] == 0
+
+
+def test_a_diagonal_that_happens_to_be_positive_is_damped() -> None:
+    """Squared gradients of parameters that hardly count are tiny, and their inverses huge."""
+    torch.manual_seed(0)
+    X = torch.randn(30, 4, dtype=torch.float64) * torch.tensor([1.0, 1.0, 1.0, 1e-6]).double()
+    data = X, X @ torch.ones(4, 1, dtype=torch.float64) + 0.1 * torch.randn(30, 1).double()
+    model = torch.nn.Linear(4, 1, bias=False).double()
+    found = Influence(Objective(model, "mse", data), matrix="diagonal").system
+    values = diagonal_curvature(Objective(model, "mse", data), "empirical_fisher").values
+    assert bool((values > 0).all())
+    assert found.damping == pytest.approx(0.1 * float(values.mean()))
+    regularised = Influence(Objective(model, "mse", data, l2=1e-3), matrix="diagonal").system
+    assert regularised.damping == 0
 
 
 class KilledError(Exception):

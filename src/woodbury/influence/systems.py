@@ -24,7 +24,7 @@ from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.errors import ArgumentError, ShapeError
 from woodbury.influence.eigenbasis import EigenBlock, VectorInverse
 from woodbury.influence.kronecker import layer_inverses
-from woodbury.operators import Dense, Identity, LinearOperator
+from woodbury.operators import Dense, Diagonal, Identity, LinearOperator
 from woodbury.solvers import (
     CG,
     LU,
@@ -222,11 +222,23 @@ def base_operator(
             n, dtype=objective.dtype, device=objective.device, space=objective.space
         ), "identity"
     if matrix == "diagonal":
-        return diagonal_curvature(objective, "empirical_fisher"), "diagonal of the empirical Fisher"
+        return _diagonal(objective), "diagonal of the empirical Fisher"
     raise ArgumentError(
         f"matrix is {matrix!r}; give one of {', '.join(map(repr, get_args(_Name)))}, a "
         "LinearOperator, or a function that makes one of the objective"
     )
+
+
+def _diagonal(objective: Objective) -> Diagonal:
+    """Definite by its tags where the regulariser makes it so.
+
+    That every square happened to be positive says nothing of how small they are: without damping
+    scores would be ruled by the parameters that hardly any example moves.
+    """
+    found = diagonal_curvature(objective, "empirical_fisher")
+    if "positive_definite" not in found.tags or bool((torch.as_tensor(objective.l2) > 0).all()):
+        return found
+    return Diagonal(found.values, tags={"positive_semidefinite"}, space=objective.space)
 
 
 def _damped(
