@@ -13,6 +13,7 @@ from woodbury.influence.glm import (
     classwise_bend,
     left_out_logits,
     push_slopes,
+    without_row,
 )
 
 N, D, C = 15, 3, 4
@@ -126,3 +127,24 @@ def test_no_penalty_is_refused() -> None:
     for kind in (CoupledCurvature, ClasswiseCurvature):
         with pytest.raises(NotPositiveDefiniteError, match="raise the penalty"):
             kind.of(X, P, weights, penalty)
+
+
+def test_without_row_solves_and_says_where_it_cannot() -> None:
+    K = torch.tensor([[[0.5, 0.25], [0.0, 0.75]], [[1.0, 0.0], [0.0, 0.5]]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    for transposed in (False, True):
+        moved, info = without_row(K, b, transposed=transposed)
+        K0 = K[0].mT if transposed else K[0]
+        torch.testing.assert_close(moved[0] - K0 @ moved[0], b[0])
+        assert info[0] == 0
+        assert info[1] != 0
+
+
+def test_a_row_that_holds_a_direction_alone_is_named() -> None:
+    P = torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=torch.float64)
+    L = 2 * torch.eye(2, dtype=torch.float64).expand(2, 2, 2)  # L S of row 1 has eigenvalue 1
+    r, weights = P - torch.tensor([[1.0, 0.0]]), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match="without row 1"):
+        left_out_logits(P.log(), P, r, weights, L)
+    with pytest.raises(NotPositiveDefiniteError, match="without row 1"):
+        push_slopes(r, P, weights, L)

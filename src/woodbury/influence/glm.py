@@ -28,6 +28,7 @@ __all__ = [
     "classwise_bend",
     "left_out_logits",
     "push_slopes",
+    "without_row",
 ]
 
 _BLOCK_BYTES = 64 * 2**20
@@ -148,6 +149,35 @@ def classwise_bend(P: Tensor) -> Tensor:
     return P * (1 - P) * (P.shape[1] / max(1, P.shape[1] - 1))
 
 
+def without_row(
+    coupled: Tensor, right: Tensor, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""$(I - K_i)^{-1} b_i$ of every row: what leaving it out of the fit does to its outputs.
+
+    With the block leverage $L_i$ (times the row's weight), the Hessian $S_i$ of its loss in the
+    outputs and its gradient $r_i$ there, $K_i = L_i S_i$ and $b_i = L_i r_i$ give the change of
+    the outputs by one Newton step without the row, by the Woodbury identity.
+
+    Args:
+        coupled: $K$, ``[n, C, C]``.
+        right: $b$, ``[n, C]``.
+        transposed: solve with $(I - K_i)^T$.
+
+    Returns:
+        The solutions ``[n, C]``, and ``[n]`` integers that are not 0 where the system is singular.
+
+    Example:
+        >>> import torch
+        >>> from woodbury.influence.glm import without_row
+        >>> without_row(torch.tensor([[[0.75]]]), torch.tensor([[1.0]]))[0]
+        tensor([[4.]])
+    """
+    eye = torch.eye(coupled.shape[1], dtype=coupled.dtype, device=coupled.device)
+    system = eye - (coupled.mT if transposed else coupled)
+    moved, info = torch.linalg.solve_ex(system, right)
+    return moved, info
+
+
 def left_out_logits(
     logits: Tensor, P: Tensor, residual: Tensor, weights: Tensor, leverage: Tensor
 ) -> Tensor:
@@ -178,8 +208,8 @@ def left_out_logits(
         if L.dim() == 2:
             result[part] += w[:, None] * L * r / (1 - w[:, None] * L * classwise_bend(p))
         else:
-            step = w[:, None, None] * (L @ r[:, :, None])
-            result[part] += torch.linalg.solve(_without_row(L, p, w), step).squeeze(2)
+            step = w[:, None] * (L @ r[:, :, None]).squeeze(2)
+            result[part] += _regular(part, *without_row(_coupled(L, p, w), step))
     return result
 
 
@@ -202,16 +232,23 @@ def push_slopes(slopes: Tensor, P: Tensor, weights: Tensor, leverage: Tensor) ->
         if L.dim() == 2:
             result[part] = E / (1 - w[:, None] * L * classwise_bend(p))
         else:
-            system = _without_row(L, p, w).mT
-            result[part] = torch.linalg.solve(system, E[:, :, None]).squeeze(2)
+            result[part] = _regular(part, *without_row(_coupled(L, p, w), E, transposed=True))
     return result
 
 
-def _without_row(L: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    """$I - w L S$ for every row."""
+def _coupled(L: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    """$w L S$ of every row."""
     bent = L * p[:, None, :] - (L @ p[:, :, None]) * p[:, None, :]
-    eye = torch.eye(p.shape[1], dtype=L.dtype, device=L.device)
-    return eye - w[:, None, None] * bent
+    return w[:, None, None] * bent
+
+
+def _regular(rows: Tensor, solved: Tensor, info: Tensor) -> Tensor:
+    if bool((info != 0).any()):
+        raise NotPositiveDefiniteError(
+            f"without row {int(rows[info.cpu() != 0][0])} the Hessian of the logistic model is "
+            "singular; raise the penalty"
+        )
+    return solved
 
 
 def _factor(matrix: Tensor, rounding: Tensor) -> Tensor:

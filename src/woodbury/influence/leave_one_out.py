@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from woodbury.curvature import GaussNewton, Objective
 from woodbury.curvature.batches import Batch
 from woodbury.errors import ArgumentError, ShapeError, StructureError
+from woodbury.influence.glm import without_row
 from woodbury.influence.systems import DENSE_LIMIT, formed
 from woodbury.operators import LinearOperator
 from woodbury.solvers import CG, Cholesky, Recipe, SolveReport, inverse
@@ -204,8 +205,7 @@ def _left_out(
     solved = (inverted @ columns.contiguous()).reshape(n, rows, width + 1).movedim(0, 1)
     levered = jacobian @ solved * chunk.shares.view(-1, 1, 1)
     coupled, step = levered[:, :, :width], levered[:, :, width]
-    system = torch.eye(width, dtype=outputs.dtype, device=outputs.device) - coupled
-    moved, info = torch.linalg.solve_ex(system, step)
+    moved, info = without_row(coupled, step)
     radius = torch.linalg.eigvals(coupled).real.amax(1) if width else step.sum(1)
     # At an eigenvalue of 1 the row alone determines a direction; rounding blurs where that is.
     unstable = (radius >= 1 - torch.finfo(radius.dtype).eps ** 0.5) | (info != 0)

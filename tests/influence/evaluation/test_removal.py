@@ -134,3 +134,9 @@ def test_bad_arguments_are_refused():
         counterfactual_removal(Scores(scores, torch.arange(1, 7), support=1), total, measure, [1])
     with pytest.raises(ShapeError, match="were measured"):
         counterfactual_removal(scores[:1], total, measure, [1])
+
+
+@pytest.mark.parametrize("name", ["share", "sedes"])
+def test_only_settings_that_make_all_models_are_handed_on(name):
+    with pytest.raises(TypeError, match=f"no setting '{name}'.*seeds"):
+        leave_one_out_retraining(total, measure, 6, **{name: (0, 2)})

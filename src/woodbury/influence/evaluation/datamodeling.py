@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from woodbury.errors import ArgumentError, DataError, ShapeError
 from woodbury.influence.evaluation.retraining import Retrained
-from woodbury.influence.evaluation.statistics import Interval, bootstrap, spearman
+from woodbury.influence.evaluation.statistics import Interval, mean_correlation, spearman
 from woodbury.influence.scores import Scores
 
 __all__ = ["DatamodelingScore", "linear_datamodeling_score"]
@@ -87,12 +88,8 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(x[None], truth).mean.value
         1.0
     """
-    values, rows = (scores.values, scores.rows) if isinstance(scores, Scores) else (scores, None)
     measured = retrained.means().T.contiguous()
-    if values.dim() != 2 or len(values) != len(measured):
-        raise ShapeError(
-            f"scores have shape {tuple(values.shape)}, and {len(measured)} queries were measured"
-        )
+    values, rows = of_queries(scores, len(measured))
     if bool(measured.isnan().any()):
         raise DataError("some models are not trained yet: run the other shares first")
     if len(retrained.subsets) < 3:
@@ -101,15 +98,19 @@ def linear_datamodeling_score(
         )
     predicted = predictions(values, rows, retrained.subsets)
     per_query = spearman(predicted, measured)
-    defined = ~per_query.isnan()
+    drawn: dict[str, Any] = {"level": level, "resamples": resamples, "generator": generator}
+    mean = mean_correlation(spearman, predicted, measured, **drawn)
+    return DatamodelingScore(per_query, mean, int(per_query.isnan().sum()))
 
-    def statistic(subsets: Tensor, queries: Tensor) -> float:
-        found = spearman(predicted[queries][:, subsets], measured[queries][:, subsets])
-        return float(found.nanmean())
 
-    sizes = (measured.shape[1], len(measured))
-    mean = bootstrap(statistic, sizes, level=level, resamples=resamples, generator=generator)
-    return DatamodelingScore(per_query, mean, int((~defined).sum()))
+def of_queries(scores: Scores | Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Values ``[Q, N]`` and row numbers of scores of so many queries."""
+    values, rows = (scores.values, scores.rows) if isinstance(scores, Scores) else (scores, None)
+    if values.dim() != 2 or len(values) != count:
+        raise ShapeError(
+            f"scores have shape {tuple(values.shape)}, and {count} queries were measured"
+        )
+    return values, rows
 
 
 def predictions(values: Tensor, rows: Tensor | None, subsets: tuple[Tensor, ...]) -> Tensor:

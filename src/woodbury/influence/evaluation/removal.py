@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from woodbury.errors import ArgumentError, ShapeError
-from woodbury.influence.evaluation.datamodeling import predictions
-from woodbury.influence.evaluation.retraining import Measure, Progress, Train, retrain
-from woodbury.influence.evaluation.statistics import Interval, bootstrap, pearson, spearman
+from woodbury.influence.evaluation.datamodeling import of_queries, predictions
+from woodbury.influence.evaluation.retraining import Measure, Settings, Train, retrain
+from woodbury.influence.evaluation.statistics import (
+    Interval,
+    bootstrap,
+    mean_correlation,
+    pearson,
+    spearman,
+)
 from woodbury.influence.scores import Scores, Side
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Agreement",
@@ -109,15 +118,8 @@ class RemovalEffects:
             ShapeError: the numbers of queries differ, or weights do not fit.
             ArgumentError: fewer than 3 groups, or a row without a score.
         """
-        values, rows = (
-            (scores.values, scores.rows) if isinstance(scores, Scores) else (scores, None)
-        )
         measured = self.means().T.contiguous()
-        if values.dim() != 2 or len(values) != len(measured):
-            raise ShapeError(
-                f"scores have shape {tuple(values.shape)}, and {len(measured)} queries were "
-                "measured"
-            )
+        values, rows = of_queries(scores, len(measured))
         if len(self.groups) < 3:
             raise ArgumentError(f"{len(self.groups)} groups; a correlation needs 3 at least")
         if weights is not None:
@@ -127,19 +129,12 @@ class RemovalEffects:
                 )
             values = values * weights.to(values)
         predicted = -predictions(values, rows, self.groups)
-        means = []
-        for correlation in (pearson, spearman):
-
-            def statistic(groups: Tensor, queries: Tensor, correlation=correlation) -> float:  # type: ignore[no-untyped-def]
-                a, b = predicted[queries][:, groups], measured[queries][:, groups]
-                return float(correlation(a, b).nanmean())
-
-            sizes = (measured.shape[1], len(measured))
-            means.append(
-                bootstrap(statistic, sizes, level=level, resamples=resamples, generator=generator)
-            )
+        drawn: dict[str, Any] = {"level": level, "resamples": resamples, "generator": generator}
         return Agreement(
-            pearson(predicted, measured), spearman(predicted, measured), means[0], means[1]
+            pearson(predicted, measured),
+            spearman(predicted, measured),
+            mean_correlation(pearson, predicted, measured, **drawn),
+            mean_correlation(spearman, predicted, measured, **drawn),
         )
 
 
@@ -148,13 +143,7 @@ def removal_effects(
     measure: Measure,
     groups: Sequence[Tensor | Sequence[int]],
     num_examples: int,
-    *,
-    seeds: Sequence[int] = (0,),
-    folder: str | Path | None = None,
-    key: str = "",
-    group: int = 1,
-    processes: int = 1,
-    progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> RemovalEffects:
     """What leaving out each group of rows does to measurements, by training again.
 
@@ -166,12 +155,8 @@ def removal_effects(
         measure: as for :func:`retrain`.
         groups: row numbers, one list for each group.
         num_examples: $N$; models are trained on all of them, and on all but those of a group.
-        seeds: ``[R]``.
-        folder: as for :func:`retrain`.
-        key: as for :func:`retrain`.
-        group: as for :func:`retrain`.
-        processes: as for :func:`retrain`.
-        progress: as for :func:`retrain`.
+        settings: ``seeds`` ``[R]``, ``folder``, ``key``, ``group``, ``processes`` and ``progress``
+            of :func:`retrain`.
 
     Returns:
         :class:`RemovalEffects`.
@@ -192,6 +177,9 @@ def removal_effects(
         tensor([[ 0.5000],
                 [-0.5000]], dtype=torch.float64)
     """
+    if unknown := sorted(set(settings) - set(Settings.__annotations__)):
+        names = ", ".join(Settings.__annotations__)
+        raise TypeError(f"there is no setting {unknown[0]!r}; there are {names}")
     everything = torch.arange(num_examples)
     left_out = [torch.as_tensor(rows).long().cpu() for rows in groups]
     subsets = [everything]
@@ -203,17 +191,7 @@ def removal_effects(
         if not bool(kept.any()):
             raise ArgumentError(f"group {number} is all {num_examples} rows: nothing is left")
         subsets.append(everything[kept])
-    found = retrain(
-        train,
-        measure,
-        subsets,
-        seeds=seeds,
-        folder=folder,
-        key=key,
-        group=group,
-        processes=processes,
-        progress=progress,
-    )
+    found = retrain(train, measure, subsets, **settings)
     return RemovalEffects(tuple(left_out), found.values[1:] - found.values[:1], found.values[0])
 
 
@@ -223,12 +201,7 @@ def leave_one_out_retraining(
     num_examples: int,
     *,
     rows: Tensor | Sequence[int] | None = None,
-    seeds: Sequence[int] = (0,),
-    folder: str | Path | None = None,
-    key: str = "",
-    group: int = 1,
-    processes: int = 1,
-    progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> RemovalEffects:
     """What leaving out each row does to measurements: :func:`removal_effects` of single rows.
 
@@ -237,13 +210,8 @@ def leave_one_out_retraining(
         measure: as for :func:`retrain`.
         num_examples: $N$.
         rows: which rows are left out in turn; default all.
-        seeds: ``[R]``. One row moves a network less than another seed does: look at the standard
-            errors.
-        folder: as for :func:`retrain`.
-        key: as for :func:`retrain`.
-        group: as for :func:`retrain`.
-        processes: as for :func:`retrain`.
-        progress: as for :func:`retrain`.
+        settings: as for :func:`removal_effects`. One row moves a network less than another seed
+            does: give several ``seeds`` and look at the standard errors.
 
     Returns:
         :class:`RemovalEffects`, one group for each row.
@@ -263,18 +231,7 @@ def leave_one_out_retraining(
         tensor([[ 0., -1., -2.]], dtype=torch.float64)
     """
     chosen = torch.arange(num_examples) if rows is None else torch.as_tensor(rows).long()
-    return removal_effects(
-        train,
-        measure,
-        list(chosen.view(-1, 1)),
-        num_examples,
-        seeds=seeds,
-        folder=folder,
-        key=key,
-        group=group,
-        processes=processes,
-        progress=progress,
-    )
+    return removal_effects(train, measure, list(chosen.view(-1, 1)), num_examples, **settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,14 +271,9 @@ def counterfactual_removal(
     *,
     side: Side = "support",
     draws: int = 1,
-    seeds: Sequence[int] = (0,),
-    folder: str | Path | None = None,
-    key: str = "",
-    group: int = 1,
-    processes: int = 1,
     level: float = 0.95,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> Counterfactuals:
     """Remove the rows that scores name for each query, train again, and look at that query.
 
@@ -334,14 +286,9 @@ def counterfactual_removal(
         side: which rows are named, as for :meth:`Scores.top`. Where a loss is measured, removing
             ``"support"`` should raise it.
         draws: how many random groups of each size stand beside.
-        seeds: ``[R]``.
-        folder: as for :func:`retrain`.
-        key: as for :func:`retrain`.
-        group: as for :func:`retrain`.
-        processes: as for :func:`retrain`.
         level: of the intervals, over queries.
         generator: draws the random groups; the same ones every time if not given.
-        progress: as for :func:`retrain`.
+        settings: as for :func:`removal_effects`.
 
     Returns:
         :class:`Counterfactuals`.
@@ -382,18 +329,7 @@ def counterfactual_removal(
     groups = [named[q, :size] for q in range(queries) for size in sizes]
     for size in sizes:
         groups += [torch.randperm(count, generator=generator)[:size] for _ in range(draws)]
-    effects = removal_effects(
-        train,
-        measure,
-        groups,
-        count,
-        seeds=seeds,
-        folder=folder,
-        key=key,
-        group=group,
-        processes=processes,
-        progress=progress,
-    )
+    effects = removal_effects(train, measure, groups, count, **settings)
     means = effects.means()
     if means.shape[1] != queries:
         raise ShapeError(f"{queries} queries have scores and {means.shape[1]} were measured")

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ __all__ = ["Retrained", "half_subsets", "retrain"]
 Train = Callable[..., Any]
 Measure = Callable[[Any], Tensor]
 Progress = Callable[[str, float], object]
+
+
+class Settings(TypedDict, total=False):
+    """What functions that call :func:`retrain` hand on to it."""
+
+    seeds: Sequence[int] | Tensor
+    folder: str | Path | None
+    key: str
+    group: int
+    processes: int
+    progress: Progress | None
 
 
 @dataclass(frozen=True, eq=False)

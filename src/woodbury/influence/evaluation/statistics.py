@@ -69,6 +69,34 @@ def spearman(X: Tensor, Y: Tensor) -> Tensor:
     return pearson(ranks(X), ranks(Y))
 
 
+def mean_correlation(
+    correlation: Callable[[Tensor, Tensor], Tensor],
+    predicted: Tensor,
+    measured: Tensor,
+    *,
+    level: float,
+    resamples: int,
+    generator: torch.Generator | None,
+) -> Interval:
+    """The mean over queries of a correlation over subsets, with both drawn again.
+
+    Args:
+        correlation: :func:`pearson` or :func:`spearman`.
+        predicted: ``[Q, S]``.
+        measured: ``[Q, S]``.
+        level: as for :func:`bootstrap`.
+        resamples: as for :func:`bootstrap`.
+        generator: as for :func:`bootstrap`.
+    """
+
+    def statistic(subsets: Tensor, queries: Tensor) -> float:
+        a, b = (side[queries][:, subsets] for side in (predicted, measured))
+        return float(correlation(a, b).nanmean())
+
+    sizes = (measured.shape[1], len(measured))
+    return bootstrap(statistic, sizes, level=level, resamples=resamples, generator=generator)
+
+
 def check_level(level: float, resamples: int) -> None:
     """Raise unless an interval can be made of these."""
     if not 0 < level < 1:
