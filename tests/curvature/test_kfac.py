@@ -507,17 +507,37 @@ def test_a_store_of_another_model_is_refused(tmp_path):
     model = nn.Linear(3, 2).double()
     objective = Objective(model, "cross_entropy", (x, y))
     KFAC(objective, "exact", checkpoint=tmp_path / "fit")
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
     others = {
         "model": (Objective(nn.Linear(3, 2).double(), "cross_entropy", (x, y)), "exact"),
         "data": (Objective(model, "cross_entropy", (x + 1, y)), "exact"),
         "settings": (objective, "empirical"),
+        "criterion": (Objective(model, smooth, (x, y)), "exact"),
     }
     for other, kind in others.values():
         with pytest.raises(DataError, match="fingerprint"):
             KFAC(other, kind, checkpoint=tmp_path / "fit")
+    two = [(x[:4], y[:4]), (x[4:], y[4:])]
+    KFAC(Objective(model, "cross_entropy", two), "exact", checkpoint=tmp_path / "two")
+    later = Objective(model, "cross_entropy", [two[0], (x[4:] + 1, y[4:])])
+    with pytest.raises(DataError, match="fingerprint"):
+        KFAC(later, "exact", checkpoint=tmp_path / "two")
     (tmp_path / "fit.safetensors").write_bytes(b"something else")
     with pytest.raises(DataError, match="cannot be read"):
         KFAC(objective, "exact", checkpoint=tmp_path / "fit")
+
+
+def test_a_store_of_a_model_with_other_constants_is_refused(tmp_path):
+    x, y = rows(9, 3), torch.randint(2, (9,))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    model[0].requires_grad_(False)
+    EKFAC(Objective(model, "cross_entropy", (x, y)), "exact", checkpoint=tmp_path / "fit")
+    for change in (model[0].weight.data.mul_, model[1].running_var.mul_):
+        change(2)
+        with pytest.raises(DataError, match="fingerprint"):
+            EKFAC(Objective(model, "cross_entropy", (x, y)), "exact", checkpoint=tmp_path / "fit")
+        change(0.5)
+    EKFAC(Objective(model, "cross_entropy", (x, y)), "exact", checkpoint=tmp_path / "fit")
 
 
 def _process(rank: int, folder: str) -> None:

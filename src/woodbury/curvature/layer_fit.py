@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -222,9 +223,7 @@ def _placed(tensors: Mapping[str, Tensor], device: torch.device) -> Sums:
 
 
 def _fingerprint(objective: Objective, settings: FitSettings, world: int) -> str:
-    batch = next(iter(objective.batches("fingerprint")))
-    tensors: Iterable[Any] = [objective.params_vector(), objective.weights, batch.data]
+    data = (batch.data for batch in objective.batches("fingerprint"))
+    tensors = itertools.chain([objective.identity()], data)
     shapes = {name: list(shape) for name, shape in objective.space.shapes.items()}
-    return fingerprint(
-        tensors, [asdict(settings), shapes, objective.num_examples, batch.size, world]
-    )
+    return fingerprint(tensors, [asdict(settings), shapes, objective.num_examples, world])

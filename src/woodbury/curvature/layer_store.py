@@ -74,11 +74,12 @@ class TensorFile:
 def fingerprint(tensors: Iterable[Any], words: Any) -> str:
     """A hash of tensors (leaves of any structure) and of what JSON can write."""
     digest = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
-    for leaf in tree_leaves(list(tensors)):
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            plain = leaf.detach().cpu().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        else:
-            digest.update(repr(leaf).encode())
+    for tree in tensors:  # one after the other: they may be batches that are made as they come
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+                plain = leaf.detach().cpu().contiguous().reshape(-1)
+                digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+            else:
+                digest.update(repr(leaf).encode())
     return digest.hexdigest()

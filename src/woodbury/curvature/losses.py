@@ -14,6 +14,9 @@ __all__ = ["Criterion", "Product", "per_example", "reduce_losses", "weighted_sum
 
 Product = Callable[[Tensor], Tensor]
 
+# Fields of a criterion that are found or set while it is used, and say nothing of what it is.
+_MOMENTARY = {"classes_last", "training"}
+
 
 class Criterion:
     """A function of outputs and targets, as one loss per example.
@@ -44,6 +47,17 @@ class Criterion:
     def losses(self, output: Tensor, target: Any, size: int) -> Tensor:
         """Losses ``[size]``, or their mean where the function gives no more than that."""
         return reduce_losses(self.function(output, target), size, add=self.add)
+
+    def identity(self) -> list[Any]:
+        """Which criterion this is, as tensors and words; a function is known by its name only."""
+        inside = vars(self.function) if isinstance(self.function, torch.nn.Module) else vars(self)
+        plain = {
+            name: value
+            for name, value in {**inside, **inside.get("_buffers", {})}.items()
+            if isinstance(value, Tensor | str | int | float) and name not in _MOMENTARY
+        }
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return [type(self).__name__, name, self.add, plain]
 
     def curvature(self, output: Tensor, target: Any, weights: Tensor | None) -> Product:
         """``U -> H U`` for ``U [k, *output.shape]``, ``H`` the Hessian of ``sum_i w_i loss_i``."""

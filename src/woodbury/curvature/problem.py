@@ -127,6 +127,18 @@ class Problem:
             self._verified = True
         return self._batches.passes(what, start)
 
+    def identity(self) -> list[Any]:
+        """What weighted losses depend on beside the data, as tensors and words to be hashed.
+
+        Functions that the user gave are seen by their names only.
+        """
+        found: list[Any] = [repr(self.space), self.params_vector(), self._weights, self._mode]
+        if isinstance(self._predict, ModuleFunction):
+            found += [self._predict.constants, self._predict.buffers]
+        if self._criterion is not None:
+            found.append(self._criterion.identity())
+        return found
+
     def resident(self, batch: Batch) -> list[Tensor]:
         """Tensors that stay in memory whether or not a linearisation of ``batch`` is kept."""
         tensors = list(self._params.values())

@@ -28,7 +28,7 @@ from woodbury.influence.forecast import (
 from woodbury.influence.layered import Layered, layered_self_scores
 from woodbury.influence.measurements import Measurement, measured, support
 from woodbury.influence.pairwise import Pairwise, self_scores
-from woodbury.influence.runs import Run, fingerprint
+from woodbury.influence.runs import Run, run_of
 from woodbury.influence.scores import Scores
 from woodbury.influence.self_influence import SelfInfluence
 from woodbury.influence.systems import (
@@ -371,12 +371,9 @@ class Influence:
     def _run(
         self, folder: str | Path | None, words: dict[str, Any], system: System, asked: Any
     ) -> Run:
-        if folder is None:
-            return Run(None, {})
-        words = {**words, **self._settings(system), "model_and_data": fingerprint(self.objective)}
-        if asked is not None:
-            words["queries"] = fingerprint(asked)
-        return Run(folder, words)
+        given = None if isinstance(self._given[1], str) else system.matrix
+        words = {**words, **self._settings(system)}
+        return run_of(folder, words, self.objective, asked, given)
 
 
 def _modules(objective: Objective) -> tuple[tuple[str, ...], list[tuple[int, slice]]]:

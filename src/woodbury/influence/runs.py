@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from woodbury._files import atomic
 from woodbury.curvature import Objective
 from woodbury.errors import DataError
 from woodbury.influence.files import load_tensors, save_tensors
+from woodbury.operators import LinearOperator
 
-__all__ = ["Run", "fingerprint"]
+__all__ = ["Run", "fingerprint", "run_of"]
+
+# Numbers that two processes find for the same run differ by rounding, those of another run by more.
+_SAME = 1e-4
 
 
 def fingerprint(objective: Objective) -> str:
-    """A hash of the parameters and the data of an objective: the same run, or another.
+    """A hash of an objective: parameters, constants and buffers, criterion, weights, ``l2``, data.
 
     Cost: a pass over the data, without the model.
 
@@ -36,15 +40,20 @@ def fingerprint(objective: Objective) -> str:
         (True, False)
     """
     found = hashlib.sha256()
-    found.update(repr(objective.space).encode())
-    _add(found, objective.params_vector())
+    _add_all(found, [*objective.identity(), objective.l2])
     for batch in objective.batches("fingerprint"):
-        for leaf in tree_leaves(batch.data):
-            if isinstance(leaf, Tensor):
-                _add(found, leaf)
-            else:
-                found.update(repr(leaf).encode())
+        _add_all(found, batch.data)
     return found.hexdigest()[:32]
+
+
+def _add_all(found: Any, tree: Any) -> None:
+    leaves, structure = tree_flatten(tree)
+    found.update(repr(structure).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            _add(found, leaf)
+        else:
+            found.update(repr(leaf).encode())
 
 
 def _add(found: Any, tensor: Tensor) -> None:
@@ -115,7 +124,68 @@ class Run:
             return None
         return load_tensors(file)
 
+    def require_same(self, name: str, value: Tensor, what: str) -> None:
+        """Keep a value the first time, and later refuse one that differs by more than rounding.
+
+        Raises:
+            DataError: it differs.
+        """
+        if self.path is None:
+            return
+        kept = self.load(name)
+        if kept is None:
+            self.keep(name, {"value": value}, {})
+            return
+        earlier = kept[0]["value"].to(value)
+        same = earlier.shape == value.shape
+        if same and float((earlier - value).norm()) <= _SAME * float(earlier.norm()):
+            return
+        raise DataError(
+            f"{self.path} holds another run ({what} were other numbers); give the model, "
+            "data and settings of that run, choose another folder, or delete this one"
+        )
+
     def keep(self, name: str, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
         """Write a finished piece."""
         if self.path is not None:
             save_tensors(self.path / f"{name}.safetensors", tensors, words)
+
+
+def run_of(
+    path: str | Path | None,
+    words: Mapping[str, Any],
+    objective: Objective,
+    asked: Objective | None = None,
+    matrix: LinearOperator | None = None,
+) -> Run:
+    """The folder of scores, where it is of this objective, these queries and this matrix.
+
+    Functions of the user (a measurement, a loss) cannot be hashed, and an operator need not be
+    there: what they give is compared with what they gave when the folder was made.
+
+    Args:
+        path: the folder, or ``None`` to keep nothing.
+        words: settings, JSON values.
+        objective: of the training data.
+        asked: the queries.
+        matrix: an operator of the user's.
+
+    Raises:
+        DataError: as for :class:`Run`.
+
+    Cost: with a folder, a pass over the data without the model, and a forward pass over the
+    queries.
+    """
+    if path is None:
+        return Run(None, {})
+    words = {**words, "model_and_data": fingerprint(objective)}
+    if asked is not None:
+        words["queries"] = fingerprint(asked)
+    run = Run(path, words)
+    if asked is not None:
+        run.require_same("measured", asked.per_example_losses(), "what is measured of the queries")
+    if matrix is not None:
+        probe = torch.linspace(-1, 1, matrix.shape[0], dtype=torch.float64)
+        product = matrix @ probe.to(matrix.device, matrix.dtype)
+        run.require_same("matrix", product, "products with the matrix")
+    return run
