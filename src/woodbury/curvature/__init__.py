@@ -11,11 +11,11 @@ Where to find what:
   of gradients, which ``gradient_rows`` collects from an objective; ``diagonals`` takes diagonals
   and diagonal blocks.
 - Layer by layer: ``capture`` gives gradients per example as inputs and output gradients of the
-  ``layers``, ``backprop`` says of what, ``single`` takes those of parameters without known form one
-  by one, ``probes`` checks that a loss belongs to its example. ``kfac`` is made of them: a
-  ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of ``factors``, kept by
-  ``layer_store``; ``damping`` and ``coverage`` say what was added and what is represented how, and
-  ``promotion`` takes half precision to float32.
+  ``layers``, ``backprop`` says of what (at labels from ``draws``), ``single`` takes those of
+  parameters without known form one by one, ``probes`` checks that a loss belongs to its example.
+  ``kfac`` is made of them: a ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of
+  ``factors``, kept by ``layer_store``; ``damping`` and ``coverage`` say what was added and what is
+  represented how, and ``promotion`` takes half precision to float32.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
@@ -23,7 +23,12 @@ Where to find what:
 
 from woodbury.curvature.capture import FactoredBatch, FactoredGradients
 from woodbury.curvature.coverage import Coverage, CoverageRow
-from woodbury.curvature.damping import DampingChoice, RelativeDamping, choose_damping
+from woodbury.curvature.damping import (
+    DampingChoice,
+    RelativeDamping,
+    choose_damping,
+    damping_for_steps,
+)
 from woodbury.curvature.diagonals import block_curvature, diagonal_curvature
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
@@ -62,5 +67,6 @@ __all__ = [
     "WindowRecursion",
     "block_curvature",
     "choose_damping",
+    "damping_for_steps",
     "diagonal_curvature",
 ]

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
+from woodbury.curvature.draws import Draws
 from woodbury.curvature.likelihoods import Likelihood
 from woodbury.curvature.losses import per_example
 from woodbury.curvature.problem import Params, Problem
 from woodbury.errors import ArgumentError, NonFiniteError, StructureError
 
-__all__ = ["Backprop", "make_seed"]
-
-
-def make_seed(generator: torch.Generator | None) -> int:
-    """A seed that leaves room for the number of a batch."""
-    device = None if generator is None else generator.device
-    return int(torch.randint(2**31, (), generator=generator, device=device)) << 20
+__all__ = ["Backprop"]
 
 
 class Backprop:
@@ -31,7 +26,8 @@ class Backprop:
             of the weight of its element. ``"exact"``: one after the other the columns of a root of
             the curvature in the outputs.
         samples: labels drawn for each example.
-        seed: of the labels.
+        seed: of the labels, which belong to the rows of the data: the same however these are cut
+            into batches (``woodbury.curvature.draws``).
 
     Raises:
         ArgumentError: ``kind`` or ``samples`` is not valid.
@@ -76,16 +72,25 @@ class Backprop:
         if self.kind == "empirical":
             yield torch.ones_like(plain)
             return
-        likelihood = self.problem.criterion
-        assert isinstance(likelihood, Likelihood)  # seen in the constructor
-        target = self.problem.target(batch)
         if self.kind == "exact":
-            yield from likelihood.root_columns(plain, target)
+            yield from self._likelihood.root_columns(plain, self.problem.target(batch))
             return
-        generator = torch.Generator(plain.device).manual_seed(self.seed + batch.index)
-        scale = (likelihood.mass(plain, target) / self.samples).sqrt()
-        for _ in range(self.samples):
-            yield likelihood.score(plain, generator) * scale
+        for score in self.scores(plain, batch):
+            yield score / self.samples**0.5
+
+    def scores(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """``sqrt(a)`` times the score at a drawn label, for one sample after the other."""
+        likelihood = self._likelihood
+        root = likelihood.mass(outputs, self.problem.target(batch)).sqrt()
+        rows = batch.places().to(outputs.device)
+        for sample in range(self.samples):
+            yield likelihood.score(outputs, Draws(self.seed, rows, sample)) * root
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        criterion = self.problem.criterion
+        assert isinstance(criterion, Likelihood)  # seen in the constructor
+        return criterion
 
     def columns(self, root: Tensor) -> int:
         """How many cotangents there are."""

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from woodbury.curvature.backprop import Backprop, make_seed
+from woodbury.curvature.backprop import Backprop
 from woodbury.curvature.batches import Batch
+from woodbury.curvature.draws import make_seed
 from woodbury.curvature.layers import (
     Block,
     MatrixGradients,
@@ -92,7 +93,8 @@ class FactoredGradients:
             from the model (:class:`~woodbury.Fisher`). ``"exact"``: as many gradients for each
             example as it has outputs, whose outer products add up to the exact Fisher matrix.
         samples: labels drawn per example (sampled).
-        generator: for the labels; default torch's own. The same labels are drawn in every pass.
+        generator: for the labels; default torch's own. The same labels are drawn in every pass,
+            and however the data is cut into batches: a label belongs to its row.
         dense: names of parameters whose gradients are taken one by one, whatever their form.
 
     Raises:

@@ -6,8 +6,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from woodbury.curvature.backprop import Backprop
 from woodbury.curvature.batches import Batch
-from woodbury.curvature.likelihoods import Likelihood
+from woodbury.curvature.draws import make_seed
 from woodbury.curvature.linearization import Cache
 from woodbury.curvature.losses import Product, per_example
 from woodbury.curvature.matrix import (
@@ -18,7 +19,6 @@ from woodbury.curvature.matrix import (
     semidefinite_tags,
 )
 from woodbury.curvature.objective import Objective
-from woodbury.errors import ArgumentError, StructureError
 
 __all__ = ["Fisher"]
 
@@ -48,7 +48,8 @@ class Fisher(OutputCurvature):
             labels of the data, $\frac1N \sum_i w_i \nabla\ell_i \nabla\ell_i^T$ with the gradients
             of the losses as they are; works for every criterion that gives losses per example.
         samples: for ``"sampled"``.
-        generator: for ``"sampled"``; default torch's own.
+        generator: for ``"sampled"``; default torch's own. It gives a seed: labels belong to the
+            rows of the data, however these are cut into batches.
         cache: as for :class:`GaussNewton`.
 
     Raises:
@@ -83,22 +84,10 @@ class Fisher(OutputCurvature):
         generator: torch.Generator | None = None,
         cache: Cache = "auto",
     ) -> None:
-        if kind not in ("exact", "sampled", "empirical"):
-            raise ArgumentError(f"kind is {kind!r}; use 'exact', 'sampled' or 'empirical'")
-        if samples < 1:
-            raise ArgumentError(f"samples is {samples}; at least one label is drawn per example")
-        if kind != "empirical" and not isinstance(objective.criterion, Likelihood):
-            raise StructureError(
-                f"the {kind} Fisher matrix needs a likelihood: cross_entropy, mse or "
-                "BCEWithLogitsLoss; kind='empirical' works with any criterion"
-            )
+        seed = make_seed(generator) if kind == "sampled" else 0
+        self._backprop = Backprop(objective, kind, samples, seed)
         self.kind = kind
         self.samples = samples
-        self._seed = 0
-        if kind == "sampled":
-            device = None if generator is None else generator.device
-            drawn = torch.randint(2**31, (), generator=generator, device=device)
-            self._seed = int(drawn) << 20  # leaves room for the number of the batch
         super().__init__(objective, cache, semidefinite_tags(objective, convex=True))
 
     def _setting(self, batch: Batch) -> Setting:
@@ -132,12 +121,7 @@ class Fisher(OutputCurvature):
 
     def _scores(self, outputs: Tensor, batch: Batch) -> Tensor:
         """``sqrt(a) * score`` for every sample, ``[B, samples, ...]``."""
-        likelihood = self.objective.criterion
-        assert isinstance(likelihood, Likelihood)  # seen in the constructor
-        generator = torch.Generator(outputs.device).manual_seed(self._seed + batch.index)
-        scores = [likelihood.score(outputs, generator) for _ in range(self.samples)]
-        mass = likelihood.mass(outputs, self.objective.target(batch))
-        return torch.stack(scores, dim=1) * mass.sqrt().unsqueeze(1)
+        return torch.stack(list(self._backprop.scores(outputs, batch)), dim=1)
 
     def _empirical(self, batch: Batch) -> Setting:
         """``z`` is the loss of every example, ``[B]``."""

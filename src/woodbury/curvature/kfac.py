@@ -58,7 +58,8 @@ class KFAC(LayerMatrix):
             gradients of the losses).
         sharing: ``"expand"`` or ``"reduce"``.
         samples: labels drawn per example (sampled).
-        generator: for the labels; default torch's own.
+        generator: for the labels; the same ones every time if not given. It gives a seed: a label
+            belongs to its row of the data, however the data is cut into batches and shared.
         side_limit: a side of a layer with more entries than this gets the diagonal of its factor
             (a vocabulary). The inputs of an embedding always do: theirs is diagonal.
         block_limit: parameters of other layers get the exact block up to this many entries, the

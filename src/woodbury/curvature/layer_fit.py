@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from woodbury.curvature.backprop import make_seed
 from woodbury.curvature.capture import FactoredGradients
+from woodbury.curvature.draws import make_seed
 from woodbury.curvature.factors import Corrections, FactorSums, Sums
 from woodbury.curvature.layer_store import TensorFile, fingerprint
 from woodbury.curvature.layers import Block, MatrixBlock
@@ -76,9 +76,11 @@ class LayerFit:
 
 
 def draw_seeds(kind: str, generator: torch.Generator | None) -> tuple[int, int]:
-    """Seeds of the labels in the two passes; fixed where no labels are drawn."""
+    """Seeds of the labels in the two passes; the same every time without a generator."""
     if kind != "sampled":
         return 0, 0
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
     return make_seed(generator), make_seed(generator)
 
 

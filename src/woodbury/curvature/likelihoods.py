@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from woodbury.curvature.draws import Draws
 from woodbury.curvature.losses import Criterion, Product, reduce_losses
 from woodbury.errors import ShapeError
 
@@ -47,7 +48,7 @@ class Likelihood(Criterion):
         """The variance of independent targets."""
         raise NotImplementedError
 
-    def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, output: Tensor, draws: Draws) -> Tensor:
         """Gradient in the outputs of ``-log p(y | f)`` at a label ``y`` drawn from ``p(. | f)``."""
         raise NotImplementedError
 
@@ -110,19 +111,12 @@ class Categorical(Likelihood):
 
         return product
 
-    def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, output: Tensor, draws: Draws) -> Tensor:
         """``p - onehot(y)`` with ``y ~ p``."""
         axis = self._axis(output)
         p = output.detach().softmax(axis).movedim(axis, -1)
-        # multinomial needs a matrix, and more than the few bits of a half precision
-        flat = p.reshape(-1, p.shape[-1])
-        wide = flat if flat.dtype == torch.float64 else flat.float()
-        y = torch.multinomial(wide, 1, generator=generator)
-        return (
-            flat.scatter_add(1, y, -torch.ones_like(y, dtype=flat.dtype))
-            .view(p.shape)
-            .movedim(-1, axis)
-        )
+        y = draws.categorical(p).unsqueeze(-1)
+        return p.scatter_add(-1, y, -torch.ones_like(y, dtype=p.dtype)).movedim(-1, axis)
 
     def root_columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
         """``sqrt(a_e p_c) (onehot(c) - p)`` in one element ``e`` after the other."""
@@ -203,11 +197,9 @@ class Gaussian(Likelihood):
     def _variance(self, output: Tensor) -> Tensor:
         return torch.ones_like(output)
 
-    def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, output: Tensor, draws: Draws) -> Tensor:
         """A standard normal tensor."""
-        return torch.randn(
-            output.shape, dtype=output.dtype, device=output.device, generator=generator
-        )
+        return draws.normal(output.shape[1:]).to(output.dtype)
 
     def _elements(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - _same_shape(output, target, "mse").to(output.dtype)).square()
@@ -239,10 +231,10 @@ class Bernoulli(Likelihood):
         p = output.detach().sigmoid()
         return p * (1 - p)
 
-    def score(self, output: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, output: Tensor, draws: Draws) -> Tensor:
         """``p - y`` with ``y ~ Bernoulli(p)``."""
         p = output.detach().sigmoid()
-        return p - torch.bernoulli(p, generator=generator)
+        return p - draws.bernoulli(p)
 
     def _elements(self, output: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(
