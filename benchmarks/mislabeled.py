@@ -3,11 +3,10 @@
 Digits (1,797 rows) and the first 5,000 rows of MNIST, 10 % of the labels flipped, a linear model
 and a network with 64 hidden units. Each method gives every row a suspicion; prints average
 precision with a 95 % interval over rows, area under the ROC curve, and seconds (without the fit of
-the model, but with the five fits that cleanlab needs and the solves that leave-one-out needs).
-cleanlab 2.9.0 gets the probabilities of five folds of the same model with the same settings, and
-runs in the environment named by ``WOODBURY_PEERS_PYTHON``. Of a network,
-leave-one-out and the exact inverse are those of the last layer; of MNIST's linear model (7,850
-parameters) they are left out.
+the model, but with the further fits and the solves that a method needs). cleanlab 2.9.0 gets the
+probabilities of five folds of the same model with the same settings, and runs in the environment
+named by ``WOODBURY_PEERS_PYTHON``. Of a network, leave-one-out and the exact inverse are those of
+the last layer; it is also left out of five fits from other starts, which is as many as five folds.
 
     python benchmarks/mislabeled.py
 """
@@ -27,24 +26,27 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from woodbury import EKFAC, Influence, Objective, leave_one_out
+from woodbury import EKFAC, Cholesky, Influence, Objective, leave_one_out
+from woodbury.apps.clean import engine
 from woodbury.influence import rivals
-from woodbury.influence.evaluation import flip_labels, mislabel_detection
+from woodbury.influence.evaluation import flip_labels, label_margin, mislabel_detection
 
 CLEANLAB = """
-import sys, time
+import sys
 from cleanlab.rank import get_label_quality_scores
 from safetensors.numpy import load_file, save_file
 given = load_file(sys.argv[1])
-start = time.perf_counter()
-quality = get_label_quality_scores(given["labels"], given["probabilities"])
-save_file({"quality": quality}, sys.argv[2])
+found = {
+    method: get_label_quality_scores(given["labels"], given["probabilities"], method=method)
+    for method in ("self_confidence", "normalized_margin")
+}
+save_file(found, sys.argv[2])
 """
 
 
-def fitted(x: Tensor, y: Tensor, hidden: int, l2: float, steps: int) -> nn.Module:
+def fitted(x: Tensor, y: Tensor, hidden: int, l2: float, steps: int, seed: int = 0) -> nn.Module:
     """The model at (about) the minimum of the penalised loss, by L-BFGS."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if hidden:
         model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.Tanh(), nn.Linear(hidden, 10))
     else:
@@ -98,34 +100,68 @@ def suspicions(
     x: Tensor, y: Tensor, model: nn.Module, hidden: int, l2: float, steps: int, *, small: bool
 ) -> dict[str, tuple[Tensor, float]]:
     objective = Objective(model, "cross_entropy", (x, y), l2=l2)
-    last = list(objective.space.sizes)[-2:]
-    top = Objective(model, "cross_entropy", (x, y), params=last, l2=l2)
+    top = last_layer(objective, model, x, y, l2)
     make = torch.Generator().manual_seed
     found: dict[str, tuple[Tensor, float]] = {}
 
-    def add(name: str, function) -> None:
+    def add(names: str | tuple[str, ...], function) -> None:
+        """One suspicion, or several of one computation."""
         start = time.perf_counter()
-        value = function()
-        if value is not None:
-            found[name] = value, time.perf_counter() - start
+        values = function()
+        seconds = time.perf_counter() - start
+        if isinstance(names, str):
+            names, values = (names,), (values,)
+        found.update({n: (v, seconds) for n, v in zip(names, values, strict=True) if v is not None})
+
+    def left_out() -> tuple[Tensor, Tensor]:
+        result = leave_one_out(top, Cholesky())
+        return result.losses, label_margin(result.predictions, y)
+
+    def of_five() -> Tensor:
+        logits = []
+        for seed in range(5):
+            with torch.enable_grad():
+                other = fitted(x, y, hidden, l2, steps, seed)
+            last = last_layer(Objective(other, "cross_entropy", (x, y), l2=l2), other, x, y, l2)
+            logits.append(leave_one_out(last, Cholesky()).predictions)
+        return label_margin(torch.stack(logits), y)
 
     ekfac = {"matrix": lambda o: EKFAC(o, "sampled", generator=make(0)), "damping": 0.0}
     add("self-influence, EK-FAC", lambda: -Influence(objective, **ekfac).self_influence().values)
     # Of a network the curvature of the last layer, which is formed: features are as they are.
     where = "" if not hidden else " (last layer)"
-    if top.space.dim <= 3000:
-        add(
-            f"self-influence, exact{where}",
-            lambda: -Influence(top, damping=0.0).self_influence().values,
-        )
-        add(f"leave-one-out loss{where}", lambda: leave_one_out(top).losses)
+    add(
+        f"self-influence, exact{where}",
+        lambda: -Influence(top, recipe=Cholesky(), damping=0.0).self_influence().values,
+    )
+    add((f"leave-one-out loss{where}", f"leave-one-out margin{where}"), left_out)
+    if hidden and not small:
+        add("leave-one-out margin, five fits", of_five)
     add("loss", objective.per_example_losses)
+    add("margin of the fit", lambda: label_margin(model(x), y))
     add("self products of gradients", lambda: square_norms(objective))
     if not small:
         add("TRAK's doubt 1 - p", lambda: 1 - torch.exp(-objective.per_example_losses()))
         add("representer points, own", lambda: representer_own(top))
-        add("cleanlab, self-confidence, 5 folds", lambda: cleanlab(x, y, hidden, l2, steps))
+        names = ("cleanlab, self-confidence, 5 folds", "cleanlab, margin, 5 folds")
+        add(names, lambda: cleanlab(x, y, hidden, l2, steps))
+        for kind in ("linear", "auto"):
+            add(f"woodbury clean, {kind}", lambda kind=kind: clean(x, y, kind))
     return found
+
+
+def last_layer(objective: Objective, model: nn.Module, x: Tensor, y: Tensor, l2: float):
+    """The objective of the parameters of the last layer."""
+    last = list(objective.space.sizes)[-2:]
+    return Objective(model, "cross_entropy", (x, y), params=last, l2=l2)
+
+
+def clean(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """The probabilities of an error of ``woodbury clean``, which fits models of its own."""
+    found = engine.run(
+        x.numpy(), y.numpy(), task="classification", n_classes=10, model=kind, seed=0
+    )
+    return torch.as_tensor(found.error_probability)
 
 
 def square_norms(objective: Objective) -> Tensor:
@@ -139,11 +175,13 @@ def representer_own(top: Objective) -> Tensor:
     return -rivals.representer_points(top, fit=False).values.diagonal()
 
 
-def cleanlab(x: Tensor, y: Tensor, hidden: int, l2: float, steps: int) -> Tensor | None:
-    """One minus cleanlab's label quality from five folds of the same model."""
+def cleanlab(
+    x: Tensor, y: Tensor, hidden: int, l2: float, steps: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """One minus cleanlab's two label qualities from five folds of the same model."""
     if not PEERS.exists():
         print(f"  cleanlab is missing: no Python at {PEERS}; set WOODBURY_PEERS_PYTHON")
-        return None
+        return None, None
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     probabilities = torch.zeros(len(x), 10)
     for fold in order.chunk(5):
@@ -164,8 +202,9 @@ def cleanlab(x: Tensor, y: Tensor, hidden: int, l2: float, steps: int) -> Tensor
         )
         if run.returncode != 0:
             print(f"  cleanlab failed: {run.stderr.strip()[-300:]}", file=sys.stderr)
-            return None
-        return 1 - load_file(answer)["quality"]
+            return None, None
+        quality = load_file(answer)
+        return 1 - quality["self_confidence"], 1 - quality["normalized_margin"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from woodbury.errors import ArgumentError, NonFiniteError, ShapeError
-from woodbury.influence.evaluation import flip_labels, mislabel_detection
+from woodbury.influence.evaluation import flip_labels, label_margin, mislabel_detection
 
 
 @given(st.integers(0, 200), st.booleans())
@@ -81,3 +81,39 @@ def test_what_cannot_be_measured_is_refused():
             flip_labels(torch.zeros(3).long(), share, classes=classes)
     with pytest.raises(ArgumentError, match="classes"):
         flip_labels(torch.zeros(0).long())
+
+
+def test_the_margin_is_that_of_mean_probabilities():
+    logits = 3 * torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % 4
+    found = label_margin(logits, labels)
+    for i in range(8):
+        p = [sum(float(m[i].double().softmax(0)[c]) for m in logits) / 3 for c in range(4)]
+        own = p.pop(int(labels[i]))
+        assert found[i] == pytest.approx(max(p) - own, abs=1e-12)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(label_margin(logits[1], labels), label_margin(logits[1:2], labels))
+
+
+def test_of_two_classes_it_is_one_minus_twice_the_probability():
+    logits = torch.tensor([[0.0, 1.5], [1e4, 0.0], [2.0, 2.0]]).double()
+    labels = torch.tensor([0, 1, 1])
+    own = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(label_margin(logits, labels), 1 - 2 * own)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "match"),
+    [
+        (torch.zeros(3), torch.zeros(3).long(), ShapeError, r"\(3,\)"),
+        (torch.zeros(3, 1), torch.zeros(3).long(), ShapeError, "2 classes"),
+        (torch.zeros(3, 2), torch.zeros(4).long(), ShapeError, r"\(4,\)"),
+        (torch.zeros(3, 2), torch.zeros(3), ShapeError, "float32"),
+        (torch.zeros(3, 2), torch.full((3,), 2), ShapeError, "from 2 to 2.*2 classes"),
+        (torch.zeros(3, 2), torch.full((3,), -1), ShapeError, "from -1"),
+        (torch.full((3, 2), torch.nan), torch.zeros(3).long(), NonFiniteError, "NaN"),
+    ],
+)
+def test_margins_of_what_does_not_fit_are_refused(logits, labels, error, match):
+    with pytest.raises(error, match=match):
+        label_margin(logits, labels)

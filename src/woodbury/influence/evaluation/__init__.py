@@ -16,6 +16,7 @@ from woodbury.influence.evaluation.datamodeling import (
 from woodbury.influence.evaluation.mislabeled import (
     Detection,
     flip_labels,
+    label_margin,
     mislabel_detection,
 )
 from woodbury.influence.evaluation.removal import (
@@ -42,6 +43,7 @@ __all__ = [
     "counterfactual_removal",
     "flip_labels",
     "half_subsets",
+    "label_margin",
     "leave_one_out_retraining",
     "linear_datamodeling_score",
     "mislabel_detection",
