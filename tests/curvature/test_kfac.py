@@ -13,7 +13,6 @@ from torch import nn
 
 from woodbury import CG, EKFAC, KFAC, Fisher, GaussNewton, Identity, Objective, solve
 from woodbury.curvature import LayerMatrix, RelativeDamping, choose_damping
-from woodbury.curvature.factors import _gram
 from woodbury.errors import (
     ArgumentError,
     DataError,
@@ -602,9 +601,3 @@ def test_damping_is_chosen_by_the_residual():
         choose_damping(K, A, factors=[])
     with pytest.raises(ShapeError, match="curvature"):
         choose_damping(K, Identity(3, dtype=F64))
-
-
-@pytest.mark.parametrize("n", [1, 5, 511, 512, 515])
-def test_symmetric_sums_by_panels(n):
-    rows_, weights = rows(7, n), torch.rand(7, 1, dtype=F64)
-    assert torch.allclose(_gram(rows_ * weights, rows_), rows_.T @ (weights * rows_))

@@ -13,6 +13,7 @@ automatic differentiation says.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from woodbury.curvature.backprop import Backprop
+from woodbury.curvature.backprop import Backprop, pulled_back
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.draws import make_seed
 from woodbury.curvature.layers import (
@@ -33,7 +34,7 @@ from woodbury.curvature.layers import (
     make_plan,
 )
 from woodbury.curvature.layers.plan import references_of
-from woodbury.curvature.layers.uses import Arrangement, Use, VectorUse, candidates
+from woodbury.curvature.layers.uses import Arrangement, Use, arrangement
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.probes import require_examplewise, some_examples
 from woodbury.curvature.single import gradients_one_by_one
@@ -43,7 +44,8 @@ __all__ = ["FactoredBatch", "FactoredGradients"]
 
 # Blocks are found on this many examples of a batch, and batches of one example are passed over.
 _PROBED, _LOOKED_AT = 4, 8
-_AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}
+# Models of float64 may still compute parts in float32 (the norms of Llama).
+_AGREEMENT = {torch.float64: 1e-5, torch.float32: 2e-3}
 
 
 @dataclass
@@ -179,17 +181,33 @@ class FactoredGradients:
         With ``part = (r, w)`` only every ``w``-th batch from batch ``r`` on: the share of one of
         ``w`` processes.
         """
+        for batch in self.selected(what, start, part):
+            yield from self.columns(batch, self.run(batch))
+
+    def selected(self, what: str, start: int, part: tuple[int, int]) -> Iterator[Batch]:
+        """The batches of such a pass."""
         self.objective.require_rows(what)
         seen = {name for block in self.plan.blocks.values() for name in block.parameters}
         self.objective.require_used(seen)
         for batch in self.objective.batches(what, start):
             if batch.index % part[1] == part[0]:
-                yield from self._batch(batch)
+                yield batch
+
+    def redrawn(self, generator: torch.Generator) -> FactoredGradients:
+        """The same with other labels, of a model of which everything is known already."""
+        assert self.plan is not None  # found now, for both
+        other = copy.copy(self)
+        kind, samples = self.backprop.kind, self.backprop.samples
+        other.backprop = Backprop(self.objective, kind, samples, make_seed(generator))
+        return other
 
     # ------------------------------------------------------------- one batch
 
-    def _batch(self, batch: Batch) -> Iterator[FactoredBatch]:
-        watch, root = self._run(batch)
+    def columns(
+        self, batch: Batch, graph: tuple[Watch, Tensor], *, keep: bool = False
+    ) -> Iterator[FactoredBatch]:
+        """The gradients of a batch that was run; ``keep`` where the graph is needed once more."""
+        watch, root = graph
         plan = self.plan
         if not plan.knows(watch.uses, watch.other | self._asked):
             raise DataError(
@@ -200,8 +218,8 @@ class FactoredGradients:
         where = self._arrangements(uses, root, batch)
         columns = self.backprop.columns(root)
         for column, cotangent in enumerate(self.backprop.cotangents(root, batch)):
-            keep = column + 1 < columns
-            blocks = self._gradients(uses, where, root, cotangent, batch, keep=keep)
+            more = keep or column + 1 < columns
+            blocks = self._gradients(uses, where, root, cotangent, batch, keep=more)
             yield FactoredBatch(
                 batch.index,
                 batch.size,
@@ -212,7 +230,8 @@ class FactoredGradients:
                 columns,
             )
 
-    def _run(self, batch: Batch) -> tuple[Watch, Tensor]:
+    def run(self, batch: Batch) -> tuple[Watch, Tensor]:
+        """Forward, and what was seen of it."""
         leaves = self.objective.leaves()
         with torch.enable_grad(), Watch(leaves, self._shared, batch.size) as watch:
             root = self.backprop.root(leaves, batch)
@@ -232,12 +251,10 @@ class FactoredGradients:
     ) -> dict[str, MatrixGradients | VectorGradients]:
         plan = self.plan
         edges = [use.edge for use in uses]
-        found: Sequence[Tensor | None] = ()
+        result: dict[str, MatrixGradients | VectorGradients] = {}
         if edges:
-            found = torch.autograd.grad(
-                root, edges, cotangent, retain_graph=keep, allow_unused=True
-            )
-        result = plan.gradients(uses, found, where, batch.size) if edges else {}
+            found = pulled_back(root, edges, cotangent, keep=keep)
+            result = plan.gradients(uses, found, where, batch.size)
         if plan.dense:
             rows = gradients_one_by_one(self.backprop, plan.dense, batch, cotangent)
             for name, values in rows.items():
@@ -266,7 +283,7 @@ class FactoredGradients:
 
     def _prepare_on(self, batch: Batch) -> None:
         require_examplewise(self.objective, batch)
-        watch, root = self._run(batch)
+        watch, root = self.run(batch)
         dense = set(self._asked)
         shared = self._unarranged(watch.uses, root, batch)
         if shared:
@@ -282,21 +299,27 @@ class FactoredGradients:
         self._verify(watch, root, batch)
 
     def _unarranged(self, uses: Sequence[Use], root: Tensor, batch: Batch) -> list[int]:
-        """Numbers of uses whose outputs do not belong to one example each."""
+        """Numbers of uses whose outputs do not belong to one example each; the others are noted."""
         if batch.size == 1:
             return []
         first, last = self._supports(uses, root, batch)
-        pairs = zip(uses, first, last, strict=True)
-        return [use.number for use, a, b in pairs if _arrangement(use, a, b, batch.size) is None]
+        missing = []
+        for use, a, b in zip(uses, first, last, strict=True):
+            found = arrangement(use, a, b, batch.size)
+            if found is None:
+                missing.append(use.number)
+            else:
+                self._arranged[use.number] = len(use.shape), found
+        return missing
 
     def _repeat(
         self, shared: list[int], watch: Watch, root: Tensor, batch: Batch
     ) -> tuple[Watch, Tensor, set[str]]:
         """Run again with outputs that all examples share repeated for each of them."""
         names = {ref.name for number in shared for ref in references_of(watch.uses[number])}
-        self._shared = frozenset(shared)
+        self._shared, self._arranged = frozenset(shared), {}
         try:
-            again, repeated = self._run(batch)
+            again, repeated = self.run(batch)
             same = repeated.shape == root.shape and torch.allclose(
                 repeated, root, rtol=1e-3, atol=1e-6
             )
@@ -311,15 +334,12 @@ class FactoredGradients:
         self, uses: Sequence[Use], root: Tensor, batch: Batch
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Gradients at the outputs of all uses of the first example alone, and of the last."""
-        result: list[Sequence[Tensor | None]] = []
-        probe = self.backprop.probe(root)
+        result = []
+        probe, edges = self.backprop.probe(root), [use.edge for use in uses]
         for row in (0, batch.size - 1):
             cotangent = torch.zeros_like(probe)
             cotangent[row] = probe[row]
-            found = torch.autograd.grad(
-                root, [use.edge for use in uses], cotangent, retain_graph=True, allow_unused=True
-            )
-            result.append(found)
+            result.append(pulled_back(root, edges, cotangent, keep=True))
         return result[0], result[1]
 
     def _arrangements(self, uses: Sequence[Use], root: Tensor, batch: Batch) -> list[Arrangement]:
@@ -330,7 +350,7 @@ class FactoredGradients:
         if missing:
             first, last = self._supports(missing, root, batch)
             for use, a, b in zip(missing, first, last, strict=True):
-                found = _arrangement(use, a, b, batch.size)
+                found = arrangement(use, a, b, batch.size)
                 if found is None:
                     names = sorted({ref.name for ref in references_of(use)})
                     raise StructureError(
@@ -348,8 +368,7 @@ class FactoredGradients:
 
     def _verify(self, watch: Watch, root: Tensor, batch: Batch) -> None:
         """Compare a random combination of the gradients with automatic differentiation."""
-        plan, space = self.plan, self.objective.space
-        uses = plan.relevant(watch.uses)
+        space, uses = self.objective.space, self.plan.relevant(watch.uses)
         where = self._arrangements(uses, root, batch)
         generator = torch.Generator(root.device).manual_seed(1)
         mix = torch.randn(batch.size, dtype=root.dtype, device=root.device, generator=generator)
@@ -362,7 +381,7 @@ class FactoredGradients:
         with torch.enable_grad():
             plain = self.backprop.root(leaves, batch)
         weighted = cotangent * mix.view(-1, *[1] * (cotangent.dim() - 1))
-        truth = torch.autograd.grad(plain, list(leaves.values()), weighted, allow_unused=True)
+        truth = pulled_back(plain, list(leaves.values()), weighted, keep=False)
         tolerance, finfo = _AGREEMENT.get(root.dtype, 0.1), torch.finfo(root.dtype)
         # A gradient that is zero but for rounding (the bias of keys in attention) agrees with any.
         whole = float(torch.stack([t.norm() for t in truth if t is not None]).norm())
@@ -379,19 +398,3 @@ class FactoredGradients:
                     f"function), or examples depend on each other; pass dense=[{name!r}] to take "
                     "its gradients one by one, or leave it out with params=..."
                 )
-
-
-def _arrangement(
-    use: Use, first: Tensor | None, last: Tensor | None, size: int
-) -> Arrangement | None:
-    """Where the examples are, so that the first and the last gradient are in their own places."""
-    for where in candidates(use.rank()):
-        if isinstance(use, VectorUse) and use.pattern[where.axis] != 1:
-            continue
-        if not where.fits(use.shape, size):
-            continue
-        a = None if first is None else where.front(use.leading(first), size)
-        b = None if last is None else where.front(use.leading(last), size)
-        if (a is None or not bool(a[1:].any())) and (b is None or not bool(b[:-1].any())):
-            return where
-    return None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from woodbury.curvature.capture import FactoredBatch
 from woodbury.curvature.layers import Block, MatrixBlock, MatrixGradients, VectorGradients
+from woodbury.curvature.products import crossed, gram
 from woodbury.errors import NonFiniteError
 from woodbury.operators.dtypes import precise
 from woodbury.spaces import Space
@@ -32,8 +33,6 @@ Sums = dict[str, Tensor]
 
 # Gradients that are squared and summed at once, such that they stay in the cache.
 _CACHE_BYTES = 4 * 2**20
-# Sides of at least so many entries are summed by so many panels, which spares 3 of 8 operations.
-_WIDE, _PANELS = 512, 4
 
 
 class FactorSums:
@@ -140,7 +139,7 @@ class FactorSums:
         """``rows^T diag(weights) rows``, or its diagonal."""
         total = self.sums[key]
         weighted = rows if weights is None else rows * weights.unsqueeze(1)
-        part = (weighted * rows).sum(0) if total.dim() == 1 else _gram(weighted, rows)
+        part = (weighted * rows).sum(0) if total.dim() == 1 else gram(weighted, rows)
         if not bool(torch.isfinite(part.sum())):
             raise NonFiniteError(
                 f"gradients of {key.rpartition('/')[0]!r} in batch {batch.index} ({batch.size} "
@@ -148,20 +147,6 @@ class FactorSums:
                 "the parameters"
             )
         total += part
-
-
-def _gram(weighted: Tensor, rows: Tensor) -> Tensor:
-    """``weighted^T rows`` where that is symmetric: wide ones by panels above the diagonal."""
-    n = rows.shape[1]
-    if n < _WIDE:
-        return weighted.T @ rows
-    step = -(-n // _PANELS)
-    out = rows.new_empty(n, n)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.mm(weighted[:, start:stop].T, rows[:, start:], out=out[start:stop, start:])
-        out[stop:, start:stop] = out[start:stop, stop:].T
-    return out
 
 
 def _spread(weights: Tensor | None, seen: Tensor) -> Tensor | None:
@@ -214,9 +199,9 @@ def _squares(
     t, p = gradients.grads.shape[1:]
     m = gradients.block.m
     if t == 1:  # the square of an outer product is one of squares
-        turned = gradients.rotate(Q_S, Q_A)
-        g, a = turned.grads.squeeze(1).square(), turned.inputs.squeeze(1).square()
-        return (g if weights is None else g * weights.unsqueeze(1)).T @ a
+        other = gradients.rotate(Q_S, Q_A)
+        g, a = other.grads.squeeze(1).square(), other.inputs.squeeze(1).square()
+        return crossed(g if weights is None else g * weights.unsqueeze(1), a)
     # A side is rotated at every position, or in the gradients where there are more positions than
     # the other side has entries.
     early_S, late_S = (Q_S, None) if t < m else (None, Q_S)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from woodbury.curvature.coverage import Coverage, CoverageRow
 from woodbury.curvature.damping import PAPER, Damping, damping_of
-from woodbury.curvature.layer_fit import FitSettings, LayerFit, draw_seeds, fit_layers
+from woodbury.curvature.layer_fit import LayerFit, fit_layers, fit_settings
 from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.curvature.layers import Block, MatrixBlock, VectorBlock
 from woodbury.curvature.layers.references import Reference
+from woodbury.curvature.linearization import Cache
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.promotion import HALF, promoted
 from woodbury.errors import StructureError
@@ -70,6 +71,9 @@ class KFAC(LayerMatrix):
         save_every: seconds between writes.
         group: a group of ``torch.distributed``: each process takes a share of the batches, and all
             end with the same result.
+        cache: what EK-FAC may keep of its first pass for the second, which then runs the model for
+            the rest of the batches only: bytes; ``"auto"``: 1 GiB, or a quarter of the memory that
+            is available if that is less; ``"off"``. The result is the same.
 
     Attributes:
         blocks: an :class:`~woodbury.operators.Eigendecomposed` for each layer, by name.
@@ -126,16 +130,17 @@ class KFAC(LayerMatrix):
         checkpoint: str | os.PathLike[str] | None = None,
         save_every: float = 30.0,
         group: Any = None,
+        cache: Cache = "auto",
     ) -> None:
-        settings = FitSettings(
+        settings = fit_settings(
             kind,
-            sharing,
-            samples,
-            draw_seeds(kind, generator),
-            self.corrected,
-            side_limit,
-            block_limit,
-            (dense,) if isinstance(dense, str) else tuple(dense),
+            corrected=self.corrected,
+            generator=generator,
+            sharing=sharing,
+            samples=samples,
+            side_limit=side_limit,
+            block_limit=block_limit,
+            dense=dense,
         )
         self.settings = settings
         self.objective = wide = promoted(objective)
@@ -143,7 +148,8 @@ class KFAC(LayerMatrix):
         if objective.dtype in HALF:
             name = str(objective.dtype).removeprefix("torch.")
             self.note = f"computed and kept in float32: in {name} sums of squares would be noise"
-        fit = fit_layers(wide, settings, checkpoint=checkpoint, save_every=save_every, group=group)
+        keeping: dict[str, Any] = {"checkpoint": checkpoint, "save_every": save_every}
+        fit = fit_layers(wide, settings, **keeping, group=group, cache=cache)
         self.layers = dict(fit.blocks)
         space = wide.space
         places = [block.positions(space) for block in self.layers.values()]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from woodbury.curvature.capture import FactoredGradients
 from woodbury.curvature.draws import make_seed
 from woodbury.curvature.factors import Corrections, FactorSums, Sums
-from woodbury.curvature.layer_store import TensorFile, fingerprint
+from woodbury.curvature.layer_store import Keeper, TensorFile, fingerprint
 from woodbury.curvature.layers import Block, MatrixBlock
+from woodbury.curvature.linearization import Cache, checked_budget
 from woodbury.curvature.objective import Objective
+from woodbury.curvature.two_passes import TwoPasses
 from woodbury.errors import ArgumentError, NonFiniteError
 
 __all__ = ["FitSettings", "LayerFit", "fit_layers"]
@@ -84,28 +84,28 @@ def draw_seeds(kind: str, generator: torch.Generator | None) -> tuple[int, int]:
     return make_seed(generator), make_seed(generator)
 
 
-class _Keeper:
-    """Writes what a fit has so far, every few seconds."""
-
-    def __init__(self, file: TensorFile | None, mark: str, every: float) -> None:
-        self.file, self.mark, self.every = file, mark, every
-        self.last = time.monotonic()
-
-    def save(
-        self, tensors: Mapping[str, Tensor], phase: str, batch: int, *, now: bool = False
-    ) -> None:
-        if self.file is None or not (now or time.monotonic() - self.last >= self.every):
-            return
-        words = {"fingerprint": self.mark, "phase": phase, "next": batch}
-        self.file.save(tensors, words)
-        self.last = time.monotonic()
-
-    def load(self) -> tuple[Sums, str, int]:
-        found = None if self.file is None else self.file.load(self.mark)
-        if found is None:
-            return {}, "factors", 0
-        tensors, words = found
-        return tensors, words["phase"], words["next"]
+def fit_settings(
+    kind: str,
+    *,
+    corrected: bool,
+    generator: torch.Generator | None = None,
+    sharing: str = "expand",
+    samples: int = 1,
+    side_limit: int = 8192,
+    block_limit: int = 1024,
+    dense: Iterable[str] = (),
+) -> FitSettings:
+    """The settings for arguments of :class:`~woodbury.KFAC`."""
+    return FitSettings(
+        kind,
+        sharing,
+        samples,
+        draw_seeds(kind, generator),
+        corrected,
+        side_limit,
+        block_limit,
+        (dense,) if isinstance(dense, str) else tuple(dense),
+    )
 
 
 def fit_layers(
@@ -115,18 +115,20 @@ def fit_layers(
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: float = 30.0,
     group: Any = None,
+    cache: Cache = "auto",
 ) -> LayerFit:
     """Factors in one pass, eigenbases in float64, corrected eigenvalues in a second pass."""
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    if objective.weights is not None and bool((objective.weights < 0).any()):
-        raise ArgumentError("a weight is negative, and factors of such sums are not semidefinite")
-    mark = _fingerprint(objective, settings, world) if checkpoint is not None else ""
-    whole = _Keeper(None if checkpoint is None else TensorFile(checkpoint), mark, save_every)
+    require_weights(objective)
+    mark = fit_fingerprint(objective, settings, world) if checkpoint is not None else ""
+    whole = Keeper(None if checkpoint is None else TensorFile(checkpoint), mark, save_every)
     own = whole
     if checkpoint is not None and world > 1:
-        own = _Keeper(TensorFile(f"{checkpoint}.part{rank}of{world}"), mark, save_every)
-    gradients = _gradients(objective, settings, settings.seeds[0])
-    blocks = gradients.blocks
+        own = Keeper(TensorFile(f"{checkpoint}.part{rank}of{world}"), mark, save_every)
+    checked_budget(cache)  # a mistake is one without a second pass, too
+    chosen = (settings.kind, settings.samples, settings.seeds, settings.dense)
+    passes = TwoPasses(objective, *chosen, cache if settings.corrected else "off")
+    blocks = passes.gradients.blocks
     tensors, phase, start = whole.load()
     if phase == "done":
         tensors = _placed(tensors, objective.device)
@@ -135,17 +137,8 @@ def fit_layers(
         tensors, phase, start = own.load()
     part = (rank, world)
     if phase == "factors":
-        sums = FactorSums(
-            blocks,
-            objective.space,
-            settings.sharing,
-            settings.side_limit,
-            settings.block_limit,
-            objective.device,
-        )
-        if tensors:
-            sums.sums = _placed(tensors, objective.device)
-        for batch in gradients.passes("factors", start, part):
+        sums = factor_sums(objective, settings, blocks, tensors)
+        for batch in passes.factors(start, part):
             sums.add(batch)
             if batch.column + 1 == batch.columns:
                 own.save(sums.sums, "factors", batch.index + 1)
@@ -154,32 +147,52 @@ def fit_layers(
         start = 0
     tensors = _placed(tensors, objective.device)
     if settings.corrected:
-        bases = {key: value for key, value in tensors.items() if key.endswith(("/Q_A", "/Q_S"))}
-        second = Corrections(blocks, bases, objective.dtype, objective.device)
         known = {key: tensors.pop(key) for key in list(tensors) if key.endswith("/corrected")}
-        second.sums.update(known)
-        again = _gradients(objective, settings, settings.seeds[1])
-        for batch in again.passes("corrected eigenvalues", start, part):
+        second = corrections(objective, blocks, tensors, known)
+        for batch in passes.corrections(start, part):
             second.add(batch)
             if batch.column + 1 == batch.columns:
                 own.save({**tensors, **second.sums}, "corrections", batch.index + 1)
-        for key, value in _reduced(second.sums, group).items():
-            name = key.removesuffix("/corrected")
-            tensors[f"{name}/values"] = value.reshape(-1) / objective.num_examples
+        correct(tensors, _reduced(second.sums, group), objective)
     if rank == 0:
         whole.save(tensors, "done", 0, now=True)
     return LayerFit(blocks, tensors, objective.num_examples, objective.dtype)
 
 
-def _gradients(objective: Objective, settings: FitSettings, seed: int) -> FactoredGradients:
-    generator = torch.Generator().manual_seed(seed)
-    return FactoredGradients(
-        objective,
-        settings.kind,
-        samples=settings.samples,
-        generator=generator,
-        dense=settings.dense,
+def require_weights(objective: Objective) -> None:
+    """Raise unless sums with these weights are semidefinite."""
+    if objective.weights is not None and bool((objective.weights < 0).any()):
+        raise ArgumentError("a weight is negative, and factors of such sums are not semidefinite")
+
+
+def factor_sums(
+    objective: Objective, settings: FitSettings, blocks: Mapping[str, Block], known: Sums
+) -> FactorSums:
+    """The sums of the first pass, from zero or from what is known."""
+    limits = settings.side_limit, settings.block_limit
+    sums = FactorSums(blocks, objective.space, settings.sharing, *limits, objective.device)
+    if known:
+        sums.sums = _placed(known, objective.device)
+    return sums
+
+
+def corrections(
+    objective: Objective, blocks: Mapping[str, Block], tensors: Sums, known: Sums
+) -> Corrections:
+    """The sums of the second pass in the eigenbases of ``tensors``, from zero or what is known."""
+    bases = {key: value for key, value in tensors.items() if key.endswith(("/Q_A", "/Q_S"))}
+    second = Corrections(
+        blocks, _placed(bases, objective.device), objective.dtype, objective.device
     )
+    second.sums.update(_placed(known, objective.device))
+    return second
+
+
+def correct(tensors: Sums, sums: Sums, objective: Objective) -> None:
+    """Put the corrected eigenvalues in the place of the products."""
+    for key, value in sums.items():
+        name = key.removesuffix("/corrected")
+        tensors[f"{name}/values"] = value.reshape(-1) / objective.num_examples
 
 
 def eigenbases(blocks: Mapping[str, Block], sums: Sums, objective: Objective) -> Sums:
@@ -224,7 +237,8 @@ def _placed(tensors: Mapping[str, Tensor], device: torch.device) -> Sums:
     return {key: value.to(device) for key, value in tensors.items()}
 
 
-def _fingerprint(objective: Objective, settings: FitSettings, world: int) -> str:
+def fit_fingerprint(objective: Objective, settings: FitSettings, world: int) -> str:
+    """What a file of ``world`` parts of such a fit is known by."""
     data = (batch.data for batch in objective.batches("fingerprint"))
     tensors = itertools.chain([objective.identity()], data)
     shapes = {name: list(shape) for name, shape in objective.space.shapes.items()}

@@ -13,12 +13,29 @@ from woodbury.curvature.problem import Problem
 from woodbury.errors import ArgumentError, GradientError
 from woodbury.operators.memory import available_bytes, in_words
 
-__all__ = ["CacheReport", "Linearizations"]
+__all__ = ["Cache", "CacheReport", "Linearizations", "checked_budget"]
 
 # Of the memory that is available at the first product, what cache="auto" may take.
 _AUTO_FRACTION = 0.5
 
 Cache = int | str | None
+
+
+def checked_budget(cache: Cache) -> int | None:
+    """Bytes that may be kept; ``None`` for ``"auto"``.
+
+    Raises:
+        ArgumentError: it is no budget.
+    """
+    if cache == "auto":
+        return None
+    if cache in (None, "off"):
+        return 0
+    if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
+        raise ArgumentError(
+            f"cache is {cache!r}; give 'auto', a number of bytes, or None, 0 or 'off'"
+        )
+    return cache
 
 
 @dataclass(frozen=True)
@@ -91,16 +108,11 @@ class Linearizations:
         self._budget, self.budget_reason = self._checked(cache)
 
     def _checked(self, cache: Cache) -> tuple[int | None, str]:
-        if cache == "auto":
+        budget = checked_budget(cache)
+        if budget is None:
             return None, "half of the memory available at the first product"
-        if cache in (None, "off"):
-            cache = 0
-        if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
-            raise ArgumentError(
-                f"cache is {cache!r}; give 'auto', a number of bytes, or None, 0 or 'off'"
-            )
-        self.full = cache == 0
-        return cache, "cache is off" if cache == 0 else "as asked"
+        self.full = budget == 0
+        return budget, "cache is off" if budget == 0 else "as asked"
 
     @property
     def budget(self) -> int:

@@ -215,7 +215,8 @@ def base_operator(
         generator = torch.Generator().manual_seed(0)
         if matrix == "kfac":
             return KFAC(objective, generator=generator), "K-FAC"
-        return EKFAC(objective, generator=generator), "EK-FAC"
+        # What a fit keeps between its passes is not in the forecast of the memory.
+        return EKFAC(objective, generator=generator, cache="off"), "EK-FAC"
     if matrix == "identity":
         n = objective.space.dim
         return Identity(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from woodbury.curvature.layers.references import Reference
+from woodbury.curvature.products import turned
 from woodbury.spaces import Space
 
 __all__ = ["Block", "MatrixBlock", "MatrixGradients", "VectorBlock", "VectorGradients"]
@@ -250,11 +251,11 @@ class MatrixGradients:
 
     def rotate(self, Q_S: Tensor | None, Q_A: Tensor | None) -> MatrixGradients:
         r"""The same in another basis: $Q_S^T (\sum_t g_t a_t^T) Q_A$; ``None`` is the identity."""
-        grads = self.grads if Q_S is None else self.grads @ Q_S
+        grads = self.grads if Q_S is None else turned(self.grads, Q_S)
         if Q_A is None:
             return MatrixGradients(self.block, self.inputs, grads)
         if not self.one_hot:
-            return MatrixGradients(self.block, self.inputs @ Q_A, grads)
+            return MatrixGradients(self.block, turned(self.inputs, Q_A), grads)
         plain = MatrixBlock(**{**vars(self.block), "one_hot": False})
         return MatrixGradients(plain, Q_A[self.inputs], grads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from woodbury.spaces import Space
 __all__ = ["Plan", "make_plan"]
 
 _PROJECTIONS = ("q", "k", "v")
+
+# Inputs of the layers of a batch by place in memory, kept while that is compared, and widened.
+_Widened = dict[tuple[Any, ...], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Plan:
     ) -> dict[str, MatrixGradients | VectorGradients]:
         """Gradients per example of every block that is not dense."""
         terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        widened: _Widened = {}
         vectors: dict[Reference, Tensor] = {}
         for use, grad, where in zip(uses, grads, arrangements, strict=True):
             if grad is None:
@@ -73,7 +78,7 @@ class Plan:
                 for ref, value in use.terms(grad, where, size).items():
                     vectors[ref] = vectors[ref] + value if ref in vectors else value
             elif isinstance(use, MatrixUse):
-                for name, term in self._terms(use, grad, where, size):
+                for name, term in self._terms(use, grad, where, size, widened):
                     terms.setdefault(name, []).append(term)
         result: dict[str, MatrixGradients | VectorGradients] = {}
         for name, block in self.blocks.items():
@@ -103,7 +108,12 @@ class Plan:
         return VectorGradients(block, torch.cat(parts, dim=1))
 
     def _terms(
-        self, use: MatrixUse, grad: Tensor, where: Arrangement, size: int
+        self,
+        use: MatrixUse,
+        grad: Tensor,
+        where: Arrangement,
+        size: int,
+        widened: _Widened,
     ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
         """``(block, (inputs, grads))`` of every piece."""
         lead = use.leading(grad)
@@ -123,7 +133,7 @@ class Plan:
                     if use.one_hot
                     else (_positions(x, where, size))
                 )
-                yield name, _oriented(use, piece, block, a, g)
+                yield name, _oriented(use, piece, block, a, g, widened)
             bias = piece.bias
             if bias is None or bias.name in self.dense:
                 continue
@@ -138,7 +148,7 @@ def _positions(tensor: Tensor, where: Arrangement, size: int) -> Tensor:
 
 
 def _oriented(
-    use: MatrixUse, piece: Piece, block: MatrixBlock, a: Tensor, g: Tensor
+    use: MatrixUse, piece: Piece, block: MatrixBlock, a: Tensor, g: Tensor, widened: _Widened
 ) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients as the block has them."""
     if block.one_hot:
@@ -149,11 +159,17 @@ def _oriented(
     if use.transposed != block.transposed:
         a, g = g, a
     if block.biases:
-        ones = [
-            torch.full_like(a[..., :1], 1.0 if bias == piece.bias else 0.0) for bias in block.biases
-        ]
-        a = torch.cat([a, *ones], dim=-1)
+        a = _widen(a, [1.0 if bias == piece.bias else 0.0 for bias in block.biases], widened)
     return a, g
+
+
+def _widen(a: Tensor, numbers: Sequence[float], widened: _Widened) -> Tensor:
+    """``a`` with columns of these numbers behind it, once for layers with the same inputs."""
+    key = (a.data_ptr(), a.shape, a.stride(), tuple(numbers))
+    if key not in widened:
+        columns = [torch.full_like(a[..., :1], number) for number in numbers]
+        widened[key] = a, torch.cat([a, *columns], dim=-1)
+    return widened[key][1]
 
 
 def references_of(use: Use) -> list[Reference]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from woodbury.curvature.layers.references import Reference
 
-__all__ = ["Arrangement", "MatrixUse", "Piece", "Use", "VectorUse", "candidates"]
+__all__ = ["Arrangement", "MatrixUse", "Piece", "Use", "VectorUse", "arrangement"]
 
 
 @dataclass(frozen=True)
@@ -165,3 +165,19 @@ class VectorUse(Use):
             del pattern[arrangement.axis]  # behind the examples, axes are as they were
         axes = [i + 1 for i, length in enumerate(pattern) if length == 1]
         return (front.sum(axes) if axes else front).reshape(size, -1)
+
+
+def arrangement(
+    use: Use, first: Tensor | None, last: Tensor | None, size: int
+) -> Arrangement | None:
+    """Where the examples are, so that the first and the last gradient are in their own places."""
+    for where in candidates(use.rank()):
+        if isinstance(use, VectorUse) and use.pattern[where.axis] != 1:
+            continue
+        if not where.fits(use.shape, size):
+            continue
+        a = None if first is None else where.front(use.leading(first), size)
+        b = None if last is None else where.front(use.leading(last), size)
+        if (a is None or not bool(a[1:].any())) and (b is None or not bool(b[:-1].any())):
+            return where
+    return None
