@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from woodbury._files import load_tensors, save_tensors
 from woodbury.errors import DataError
 
-__all__ = ["TensorFile", "fingerprint"]
+__all__ = ["Keeper", "TensorFile", "fingerprint"]
 
-_FORMAT = "woodbury layers 1"
+_FORM = "woodbury layers 1"
 
 
 class TensorFile:
@@ -36,14 +36,7 @@ class TensorFile:
     def save(self, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
         """Write; whoever reads sees what was there before, or all of this."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            header = {"format": _FORMAT, "words": json.dumps(dict(words))}
-            save_file(held, temporary, metadata=header)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(self.path, tensors, words, form=_FORM)
 
     def load(self, mark: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was saved with the word ``fingerprint`` equal to ``mark``; ``None`` for no file.
@@ -53,15 +46,7 @@ class TensorFile:
         """
         if not self.path.is_file():
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{self.path.name} cannot be read ({error}); remove it") from None
-        if header.get("format") != _FORMAT:
-            raise DataError(f"{self.path.name} was not written by this library; remove it")
-        words = json.loads(header["words"])
+        tensors, words = load_tensors(self.path, form=_FORM)
         if words.get("fingerprint") != mark:
             raise DataError(
                 f"{self.path.name} was written for other parameters, data or settings (fingerprint "
@@ -69,6 +54,52 @@ class TensorFile:
                 "remove the file"
             )
         return tensors, words
+
+
+class Keeper:
+    """Writes what a pass over the data has so far, every few seconds.
+
+    Args:
+        file: where; ``None`` keeps nothing.
+        mark: the fingerprint of model, data and settings.
+        every: seconds between writes.
+        words: what else is written.
+    """
+
+    def __init__(
+        self,
+        file: TensorFile | None,
+        mark: str,
+        every: float,
+        words: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.file, self.mark, self.every = file, mark, every
+        self.words = dict(words or {})
+        self.last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self.file is not None and time.monotonic() - self.last >= self.every
+
+    def save(
+        self, tensors: Mapping[str, Tensor], phase: str, batch: int, *, now: bool = False
+    ) -> None:
+        """Write, if it is time or ``now``: the pass is before ``batch`` of ``phase``."""
+        if self.file is None or not (now or self.due):
+            return
+        self.file.save(
+            tensors, {"fingerprint": self.mark, "phase": phase, "next": batch, **self.words}
+        )
+        self.last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], str, int]:
+        """What was written: tensors, phase and the next batch; of a new run nothing."""
+        found = None if self.file is None else self.file.load(self.mark)
+        if found is None:
+            return {}, "factors", 0
+        tensors, words = found
+        return tensors, words["phase"], words["next"]
 
 
 def fingerprint(tensors: Iterable[Any], words: Any) -> str:
