@@ -282,3 +282,27 @@ def test_bad_input() -> None:
     queries[0][1, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="batch 0"):
         Influence(objective, matrix="ekfac").scores(queries)
+
+
+def test_of_sequences_no_gradients_are_gathered_to_choose_terms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no separable form of a sum over places, whatever the tolerance."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(70, 70).double()
+    data = torch.randn(6, 5, 70).double(), torch.randn(6, 5, 70).double()
+    objective = Objective(model, "mse", data)
+    K = EKFAC(objective, "exact")
+
+    def refuse(_: Any) -> None:
+        raise AssertionError("gradients of a sample of the training data were asked for")
+
+    monkeypatch.setattr(layered.Layered, "_pilot", refuse)
+    kwargs: dict[str, Any] = {"matrix": K, "damping": 1e-2}
+    exact = Influence(objective, tolerance=0.0, **kwargs).scores(data)
+    found = Influence(objective, tolerance=0.01, **kwargs).scores(data)
+    torch.testing.assert_close(found.values, exact.values, rtol=1e-12, atol=0)
+    assert "terms" not in found.solves
+    flat = data[0][:, 0], data[1][:, 0]
+    with pytest.raises(AssertionError, match="were asked for"):
+        Influence(Objective(model, "mse", flat), tolerance=0.01, **kwargs).scores(flat)

@@ -8,7 +8,7 @@ from woodbury import EKFAC, Influence, Objective
 from woodbury.apps.attribute.network import Network
 from woodbury.apps.attribute.records import Record
 from woodbury.apps.attribute.sequences import encode
-from woodbury.errors import StructureError
+from woodbury.errors import ArgumentError, ShapeError, StructureError
 from woodbury.influence import token_scores
 
 TEXTS = ["to be or not", "hello", "a man walks in", "Good day sir", "who is it"]
@@ -85,3 +85,55 @@ def test_a_model_without_places():
     influence = Influence(Objective(norm, "mse", data), damping=1.0)
     with pytest.raises(StructureError, match="no layer of the model"):
         token_scores(influence, data, data)
+
+
+def test_pairs_and_blocks_of_queries_give_the_same():
+    """A memory for one solution at a time, rows in any order and more than once."""
+    net = network("causal")
+    data = rows(net)
+    objective = Objective(net.model, "cross_entropy", data)
+    K = EKFAC(objective, "exact")
+    stages = []
+    kwargs = {"matrix": K, "damping": 1e-2, "tolerance": 0.0}
+    whole = token_scores(Influence(objective, **kwargs), data, data)
+    least = 11 * objective.space.dim * 8 + 5 * 5 * 8
+    small = Influence(
+        objective, memory=least + 100, progress=lambda *given: stages.append(given), **kwargs
+    )
+    pairs = torch.tensor([[4, 0], [1, 3], [1, 0], [0, 4], [1, 3]])
+    found = token_scores(small, data, data, pairs=pairs)
+    assert found.values.shape == (5, 14)
+    torch.testing.assert_close(found.values, whole.values[pairs[:, 0], pairs[:, 1]])
+    torch.testing.assert_close(found.rest, whole.rest[pairs[:, 0], pairs[:, 1]])
+    assert stages[-1] == ("scoring tokens", 1.0)
+    assert small.system.report.calls == 3  # queries 0, 1 and 4, one at a time
+    everything = token_scores(small, data, data)
+    torch.testing.assert_close(everything.values, whole.values)
+    none = token_scores(small, data, data, pairs=torch.empty(0, 2, dtype=torch.long))
+    assert (none.values.shape, none.rest.shape) == ((0, 0), (0,))
+
+
+def test_all_queries_are_solved_for_together():
+    net = network("causal")
+    data = rows(net)
+    objective = Objective(net.model, "cross_entropy", data)
+    influence = Influence(objective, matrix="diagonal", damping=1e-2)
+    token_scores(influence, data, data)
+    assert influence.system.report.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "said"),
+    [
+        (torch.zeros(3, dtype=torch.long), ShapeError, r"pairs are torch.int64 of shape \(3,\)"),
+        (torch.zeros(3, 2), ShapeError, "pairs are torch.float32"),
+        (torch.tensor([[0, 5]]), ArgumentError, "examples from 5 to 5; there are 5"),
+        (torch.tensor([[-1, 0]]), ArgumentError, "queries from -1 to -1; there are 5"),
+    ],
+)
+def test_pairs_of_nothing(pairs, error, said):
+    net = network("causal")
+    data = rows(net)
+    objective = Objective(net.model, "cross_entropy", data)
+    with pytest.raises(error, match=said):
+        token_scores(Influence(objective, matrix="identity"), data, data, pairs=pairs)

@@ -154,9 +154,8 @@ class MatrixQueries:
     def exact(self, gradients: MatrixGradients) -> Tensor:
         """``[Q, b]`` without approximation."""
         W = self.eigen.inverse
-        a, g = self.eigen.rotate(gradients)
-        if self.single and g.shape[1] == 1:
-            a, g = a[:, 0], g[:, 0]
+        if self.single and gradients.grads.shape[1] == 1:
+            a, g = (side[:, 0] for side in self.eigen.rotate(gradients))
             if len(W) < len(self.g):  # few outputs: a product of matrices for each
                 total = g.new_zeros(len(self.g), len(g))
                 for gi, gq, w in zip(g.T, self.g[:, 0].T, W, strict=True):
@@ -167,13 +166,13 @@ class MatrixQueries:
                 for gq, aq in zip(self.g[:, 0], self.a[:, 0], strict=True)
             ]
             return torch.stack(rows)
-        plain = MatrixBlock(**{**vars(self.eigen.block), "one_hot": False})
-        rotated = MatrixGradients(plain, a, g)
         step = max(1, _DENSE_BYTES // (W.numel() * W.element_size()))
         if self._dense is None and step >= len(self.g):
-            self._dense = self._solved(slice(None))  # kept: it serves every batch
+            self._dense = self.matrices()  # kept: it serves every batch, which is not rotated
         if self._dense is not None:
-            return rotated.inner(self._dense)
+            return gradients.inner(self._dense)
+        plain = MatrixBlock(**{**vars(self.eigen.block), "one_hot": False})
+        rotated = MatrixGradients(plain, *self.eigen.rotate(gradients))
         parts = [slice(start, start + step) for start in range(0, len(self.g), step)]
         return torch.cat([rotated.inner(self._solved(part)) for part in parts])
 

@@ -171,15 +171,21 @@ class Layered:
                 query.forget_terms()
         if tolerance <= 0 or len(groups) != 1:
             return {}  # several batches of queries may be of several shapes: exact
-        batch = self._pilot()
         spectra: dict[str, Spectrum] = {}
         for name, query in groups[0].items():
-            gradients = batch.get(name)
-            if isinstance(query, MatrixQueries) and isinstance(gradients, MatrixGradients):
-                found = query.decompose() if gradients.grads.shape[1] == 1 else None
-                if found is not None and len(found.values):
-                    spectra[name] = found
-                    query.use_terms(found, min(_ROUGH, len(found.values)))
+            found = query.decompose() if isinstance(query, MatrixQueries) else None
+            if found is not None and len(found.values):
+                spectra[name] = found
+        if not spectra:
+            return {}  # as of sequences: nothing is to be tried on training examples
+        batch = self._pilot()
+        for name in list(spectra):
+            query, gradients = groups[0][name], batch.get(name)
+            if isinstance(gradients, MatrixGradients) and gradients.grads.shape[1] == 1:
+                assert isinstance(query, MatrixQueries)  # it has a spectrum
+                query.use_terms(spectra[name], min(_ROUGH, len(spectra[name].values)))
+            else:
+                del spectra[name]
         rough = _total(_each(groups[0], batch)) if spectra else self.norms.new_zeros(1, 1)
         heavy = heaviest(rough)
         draw = Draw.of(rough, heavy)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from woodbury.curvature import FactoredGradients
-from woodbury.curvature.layers import MatrixGradients
-from woodbury.errors import StructureError
+from woodbury.curvature import FactoredGradients, Objective
+from woodbury.curvature.layers import Block, MatrixBlock, MatrixGradients
+from woodbury.errors import ArgumentError, ShapeError, StructureError
+from woodbury.influence.forecast import make_plan
 from woodbury.influence.influence import Influence
+from woodbury.influence.layered import Gradients, rows_of_data, take
 from woodbury.influence.measurements import measured
 
 __all__ = ["TokenScores", "token_scores"]
@@ -23,9 +26,10 @@ class TokenScores:
     r"""The parts that the places of a training example have in its score.
 
     Attributes:
-        values: $s_{qit}$, ``[Q, E, T]``; padding of shorter examples has 0.
-        rest: ``[Q, E]``: the part of parameters that no place owns (norms, embeddings of
-            positions). ``values.sum(2) + rest`` are the scores of the examples.
+        values: $s_{qit}$, ``[Q, E, T]``, or ``[P, T]`` of ``P`` pairs; padding of shorter examples
+            has 0.
+        rest: ``[Q, E]`` or ``[P]``: the part of parameters that no place owns (norms, embeddings
+            of positions). ``values.sum(-1) + rest`` are the scores of the examples.
 
     Example:
         >>> import torch
@@ -39,7 +43,9 @@ class TokenScores:
     rest: Tensor
 
 
-def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScores:
+def token_scores(
+    influence: Influence, queries: Any, examples: Any, *, pairs: Tensor | None = None
+) -> TokenScores:
     r"""Split the scores of some training examples over the places of their sequences.
 
     The gradient of an example in the weight of a layer is a sum over places,
@@ -55,16 +61,21 @@ def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScor
         queries: data of the queries, as for :meth:`Influence.scores`.
         examples: the training examples to look into, in a form that
             :class:`~woodbury.Objective` takes; all of the same padded length or in batches.
+        pairs: ``[P, 2]``: the number of a query and of an example, in the order of these data, for
+            each pair that is wanted. Default: all ``Q E``.
 
     Returns:
         :class:`TokenScores`.
 
     Raises:
+        ArgumentError, ShapeError: pairs of what is not there, or in another form.
         StructureError: no layer of the model sees more than one place.
+        BudgetError: the memory of ``influence`` does not hold one query.
         SolveError: as the recipe raises.
 
-    Cost: a solve for each query, and for each batch of examples one forward and backward pass and
-    ``Q`` products with each weight. Memory of the solutions, ``Q n`` numbers.
+    Cost: a solve for each query, in blocks that fit into the memory of ``influence``; for each
+    block one forward and backward pass over the examples of its pairs, and for each pair a product
+    of its places with each weight.
 
     Source: R. Grosse et al., "Studying large language model generalization with influence
     functions" (2023), section 3.3, "Layerwise and tokenwise attribution".
@@ -93,39 +104,77 @@ def token_scores(influence: Influence, queries: Any, examples: Any) -> TokenScor
     """
     objective = influence.objective
     asked = measured(objective, influence.measurement, queries)
-    pieces: list[tuple[slice | Tensor, Tensor]] = list(asked.per_example_gradients())
-    directions = influence.system.solve(asked.in_order(pieces).T.contiguous()).value.T
-    directions = directions / -objective.num_examples
-    looked_at = FactoredGradients(objective.with_data(examples))
-    places = {
-        name: block.positions(objective.space).to(directions.device)
-        for name, block in looked_at.blocks.items()
-    }
-    values: list[tuple[Tensor, Tensor]] = []
-    rests: list[tuple[slice | Tensor, Tensor]] = []
-    length = 0
-    for batch in looked_at.passes("scores of places"):
-        steps = _steps(batch.blocks.values())
-        found = directions.new_zeros(len(directions), batch.size, steps)
-        rest = directions.new_zeros(len(directions), batch.size)
-        for name, gradients in batch.blocks.items():
-            own = directions[:, places[name]]
-            if isinstance(gradients, MatrixGradients):
-                parts = gradients.tokens(own.view(-1, gradients.block.p, gradients.block.m))
-                if parts.shape[2] % steps == 0:  # several uses of a weight lie one after another
-                    found += parts.unflatten(2, (-1, steps)).sum(2)
-                else:
-                    rest += parts.sum(2)
-            else:
-                rest += gradients.inner(own)
-        length = max(length, steps)
-        values.append((batch.rows, found.transpose(0, 1)))
-        rests.append((batch.rows, rest.T))
-    padded: list[tuple[slice | Tensor, Tensor]] = [
-        (rows, _padded(part, length)) for rows, part in values
-    ]
-    inside = looked_at.objective
-    return TokenScores(inside.in_order(padded).transpose(0, 1), inside.in_order(rests).T)
+    looked_at = objective.with_data(examples)
+    Q, E = asked.num_examples, looked_at.num_examples
+    wanted = torch.cartesian_prod(torch.arange(Q), torch.arange(E)) if pairs is None else pairs
+    wanted = _checked(wanted, Q, E).to(objective.device)
+    columns = make_plan(objective, influence._memory, Q, E, 0).columns
+    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = 0
+    for chunk in wanted[:, 0].unique().split(columns) if len(wanted) else ():
+        slots = torch.isin(wanted[:, 0], chunk).nonzero().squeeze(1)
+        few, order = _rows(looked_at, wanted[slots, 1].unique())
+        factored = FactoredGradients(few)
+        solved = _solved(influence, asked, chunk)
+        matrices = {
+            name: _shaped(solved[:, block.positions(objective.space).to(solved.device)], block)
+            for name, block in factored.blocks.items()
+        }
+        start = 0
+        for batch in factored.passes("scores of places"):
+            rows = order[start : start + batch.size]
+            start += batch.size
+            inside = slots[torch.isin(wanted[slots, 1], rows)]
+            place = torch.full((E,), -1, device=rows.device)
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            here = torch.searchsorted(chunk, wanted[inside, 0].contiguous())
+            pair = torch.stack([here, place[wanted[inside, 1]]], 1)
+            pieces.append((inside, *_of_batch(batch.blocks, matrices, pair)))
+            done += len(inside)
+            influence._say("scoring tokens", done / len(wanted))
+    length = max((values.shape[1] for _, values, _ in pieces), default=0)
+    values = wanted.new_zeros(len(wanted), length, dtype=objective.dtype)
+    rest = wanted.new_zeros(len(wanted), dtype=objective.dtype)
+    for slots, own, others in pieces:
+        values[slots, : own.shape[1]] = own
+        rest[slots] = others
+    if pairs is None:
+        return TokenScores(values.view(Q, E, length), rest.view(Q, E))
+    return TokenScores(values, rest)
+
+
+def _checked(pairs: Tensor, queries: int, examples: int) -> Tensor:
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        raise ShapeError(
+            f"pairs are {pairs.dtype} of shape {tuple(pairs.shape)}; give integers [P, 2]: the "
+            "number of a query and of an example"
+        )
+    for what, column, count in (
+        ("queries", pairs[:, 0], queries),
+        ("examples", pairs[:, 1], examples),
+    ):
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        if low < 0 or high >= max(count, 1):
+            raise ArgumentError(f"pairs name {what} from {low} to {high}; there are {count}")
+    return pairs.long()
+
+
+def _rows(objective: Objective, wanted: Tensor) -> tuple[Objective, Tensor]:
+    """Some rows of the data, and which they are, in the order that batches bring them."""
+    found = rows_of_data(objective, wanted)
+    return objective.with_data([data for _, data in found]), torch.cat([rows for rows, _ in found])
+
+
+def _solved(influence: Influence, asked: Objective, queries: Tensor) -> Tensor:
+    r"""$-\frac1N A^{-1}\nabla m_q$ of ascending ``queries``, ``[q, n]``."""
+    few, order = _rows(asked, queries)
+    gradients = torch.cat([found for _, found in few.per_example_gradients()])[order.argsort()]
+    solved = influence.system.solve(gradients.T.contiguous()).value.T
+    return solved / -influence.objective.num_examples
+
+
+def _shaped(rows: Tensor, block: Block) -> Tensor:
+    return rows.view(-1, block.p, block.m) if isinstance(block, MatrixBlock) else rows
 
 
 def _steps(gradients: Any) -> int:
@@ -139,5 +188,31 @@ def _steps(gradients: Any) -> int:
     return min(steps for steps, count in counts.items() if count == most)
 
 
-def _padded(part: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(part, (0, length - part.shape[2]))
+def _of_batch(
+    blocks: Mapping[str, Gradients], matrices: Mapping[str, Tensor], pairs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of places ``[P, T]`` and the rest ``[P]`` of pairs of a solution and an example.
+
+    Args:
+        blocks: gradients of the examples.
+        matrices: solutions ``[q, p, m]`` or ``[q, n]``.
+        pairs: ``[P, 2]``, places in the two.
+    """
+    steps = _steps(blocks.values())
+    first = next(iter(matrices.values()))
+    values, rest = first.new_zeros(len(pairs), steps), first.new_zeros(len(pairs))
+    for query in pairs[:, 0].unique().tolist():
+        own = (pairs[:, 0] == query).nonzero().squeeze(1)
+        examples = pairs[own, 1]
+        for name, gradients in blocks.items():
+            few = take(gradients, examples)
+            solution = matrices[name][query : query + 1]
+            if not isinstance(few, MatrixGradients):
+                rest[own] += few.inner(solution)[0]
+                continue
+            parts = few.tokens(solution)[0]
+            if parts.shape[1] % steps == 0:  # several uses of a weight lie one after another
+                values[own] += parts.unflatten(1, (-1, steps)).sum(1)
+            else:
+                rest[own] += parts.sum(1)
+    return values, rest

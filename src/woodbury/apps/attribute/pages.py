@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from woodbury.apps.attribute.network import Network
@@ -13,8 +14,11 @@ from woodbury.apps.attribute.report import FoundRow, QueryPage, ShownToken, colo
 from woodbury.apps.attribute.sequences import IGNORED, Sequences
 from woodbury.curvature import KFAC
 from woodbury.influence import Influence, Scores, token_scores
+from woodbury.influence.scores import Side
 
 __all__ = ["certificate_lines", "query_pages"]
+
+Lists = dict[Side, list[tuple[int, float]]]
 
 
 def query_pages(
@@ -29,30 +33,24 @@ def query_pages(
     top: int,
 ) -> list[QueryPage]:
     """One page a query, with the ``top`` rows of either side."""
-    pages = []
-    sides = {"support": scores.top(top, "support"), "oppose": scores.top(top, "oppose")}
+    found = _strongest(scores, top)
+    places = _places(influence, queries, train, found)
     error = None if scores.solve_error is None else scores.error()
     columns = {int(row): k for k, row in enumerate(scores.rows.tolist())}
+    texts = {row: token_texts(network, train.ids[row]) for _, row in places}
+    pages = []
     for q, record in enumerate(asked):
-        found: dict[str, list[tuple[int, float]]] = {}
-        for side, sign in (("support", -1), ("oppose", 1)):
-            pairs = zip(sides[side].rows[q].tolist(), sides[side].values[q].tolist(), strict=True)
-            found[side] = [(row, score) for row, score in pairs if sign * score > 0]
-        wanted = sorted({row for side in found.values() for row, _ in side})
-        places = _places(influence, queries.take([q]), train.take(wanted)) if wanted else None
-        lists: dict[str, list[FoundRow]] = {"support": [], "oppose": []}
-        for side, chosen in found.items():
+        lists: dict[Side, list[FoundRow]] = {"support": [], "oppose": []}
+        for side, chosen in found[q].items():
             for row, score in chosen:
-                assert places is not None  # some row is wanted
-                own = places[wanted.index(row)].tolist()
-                texts = token_texts(network, train.ids[row])
-                off = None if error is None else float(error[q, columns[row]])
+                off = 0.0 if error is None else float(error[q, columns[row]])
+                own = places[q, row][: len(texts[row])].tolist()
                 lists[side].append(
                     FoundRow(
                         _name(rows[row]),
                         score,
-                        off if off else None,
-                        coloured(texts, own[: len(texts)]),
+                        off or None,
+                        coloured(texts[row], own),
                         _label(rows[row]),
                     )
                 )
@@ -69,8 +67,38 @@ def query_pages(
     return pages
 
 
-def _places(influence: Influence, query: Sequences, rows: Sequences) -> Tensor:
-    return token_scores(influence, query, rows).values[0]
+def _strongest(scores: Scores, top: int) -> list[Lists]:
+    """Rows and scores of either side of every query, the strongest first."""
+    found: list[Lists] = [{} for _ in range(len(scores.values))]
+    sides: tuple[tuple[Side, int], ...] = (("support", -1), ("oppose", 1))
+    for side, sign in sides:
+        best = scores.top(top, side)
+        for lists, rows, values in zip(
+            found, best.rows.tolist(), best.values.tolist(), strict=True
+        ):
+            pairs = zip(rows, values, strict=True)
+            lists[side] = [(row, score) for row, score in pairs if sign * score > 0]
+    return found
+
+
+def _places(
+    influence: Influence,
+    queries: Sequences,
+    train: Sequences,
+    found: Sequence[Lists],
+) -> dict[tuple[int, int], Tensor]:
+    """Scores of the places of every pair of a query and a row in its lists."""
+    pairs = [
+        (q, row) for q, sides in enumerate(found) for side in sides.values() for row, _ in side
+    ]
+    if not pairs:
+        return {}
+    # Rows of about one length in a batch: less padding to compute with.
+    wanted = sorted({row for _, row in pairs}, key=lambda row: len(train.ids[row]))
+    number = {row: k for k, row in enumerate(wanted)}
+    numbered = torch.tensor([(q, number[row]) for q, row in pairs])
+    values = token_scores(influence, queries, train.take(wanted), pairs=numbered).values
+    return dict(zip(pairs, values, strict=True))
 
 
 def _name(record: Record) -> str:
