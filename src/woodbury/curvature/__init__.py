@@ -14,8 +14,9 @@ Where to find what:
   ``layers``, ``backprop`` says of what (at labels from ``draws``), ``single`` takes those of
   parameters without known form one by one, ``probes`` checks that a loss belongs to its example.
   ``kfac`` is made of them: a ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of
-  ``factors``, kept by ``layer_store``; ``damping`` and ``coverage`` say what was added and what is
-  represented how, and ``promotion`` takes half precision to float32.
+  ``factors``, kept by ``layer_store``; ``partitioned_fit`` merges them from files; ``damping`` and
+  ``coverage`` say what was added and what is represented how, and ``promotion`` takes half
+  precision to float32.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
@@ -35,6 +36,7 @@ from woodbury.curvature.kfac import EKFAC, KFAC
 from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
 from woodbury.curvature.objective import Objective
+from woodbury.curvature.partitioned_fit import PartitionedFit
 from woodbury.curvature.window_recursion import WindowRecursion
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "MatrixBlock",
     "MatrixGradients",
     "Objective",
+    "PartitionedFit",
     "RelativeDamping",
     "VectorBlock",
     "VectorGradients",
