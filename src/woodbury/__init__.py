@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         Objective,
     )
     from woodbury.implicit import fixed_point, minimize, root
-    from woodbury.influence import Influence, leave_one_out
+    from woodbury.influence import Influence
+    from woodbury.influence.leave_one_out import leave_one_out  # not the module of this name
     from woodbury.operators import (
         BlockDiagonal,
         Dense,
