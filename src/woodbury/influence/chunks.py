@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from woodbury.curvature import Objective
 from woodbury.curvature.per_example import ExampleGradients
 from woodbury.errors import ArgumentError, NonFiniteError, ShapeError
 
-__all__ = ["chosen_rows", "gradient_chunks"]
+__all__ = ["chosen_rows", "digest_of_rows", "gradient_chunks", "modules_of"]
 
 
 def chosen_rows(objective: Objective, rows: Tensor | None) -> Tensor:
@@ -66,3 +67,21 @@ def gradient_chunks(
                     "them out"
                 )
             yield places[part], found
+
+
+def modules_of(objective: Objective) -> tuple[tuple[str, ...], list[tuple[int, slice]]]:
+    """Names of the modules that own parameters, and which of them owns which entries."""
+    names: dict[str, int] = {}
+    owner = []
+    start = 0
+    for name, size in objective.space.sizes.items():
+        module = name.rpartition(".")[0] or name
+        place = names.setdefault(module, len(names))
+        owner.append((place, slice(start, start + size)))
+        start += size
+    return tuple(names), owner
+
+
+def digest_of_rows(rows: Tensor) -> str:
+    """A hash of row numbers."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from woodbury.curvature import FactoredGradients, Objective
-from woodbury.curvature.layers import MatrixBlock, MatrixGradients
+from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorGradients
 from woodbury.curvature.per_example import ExampleGradients
 from woodbury.errors import ArgumentError, BudgetError
 from woodbury.operators.memory import available_bytes, in_words
 
-__all__ = ["Forecast", "Plan", "gradient_seconds", "layered_cost", "make_plan", "solve_bytes"]
+__all__ = [
+    "Forecast",
+    "Plan",
+    "gradient_seconds",
+    "layered_forecast",
+    "make_plan",
+    "query_bytes",
+    "solve_bytes",
+]
 
 # Vectors that a solve holds for every right-hand side: b, x, r, z, p, A p and two to work with.
 _VECTORS = 8
@@ -144,7 +153,52 @@ def gradient_seconds(objective: Objective, chunk: int, examples: int) -> float:
     return (time.perf_counter() - start) / (few.stop - few.start) * examples
 
 
-def layered_cost(objective: Objective) -> tuple[float, int]:
+def layered_forecast(
+    objective: Objective, asked: Objective, plan: Plan, rows: int, fits: int, rank: int | None
+) -> Forecast:
+    """Of scores layer by layer.
+
+    Args:
+        objective: of the training data.
+        asked: of the queries.
+        plan: of the scores.
+        rows: training examples that are scored.
+        fits: passes that fit the matrix.
+        rank: of the gradients of the queries.
+    """
+    seconds, factors = _layered_cost(objective)
+    blocks = next(iter(FactoredGradients(asked).passes("forecast"))).blocks
+    memory = plan.scores + factors + query_bytes(blocks, asked.num_examples, rank)
+    disk, seconds = 2 * plan.scores + rows * 8, seconds * max(objective.num_examples, rows)
+    return Forecast(memory, disk, fits + 1, seconds, 0.0, 0, plan)
+
+
+def query_bytes(
+    blocks: Mapping[str, MatrixGradients | VectorGradients], queries: int, rank: int | None
+) -> int:
+    """What the gradients of queries take when layers are scored, if all are like these.
+
+    Args:
+        blocks: gradients of some queries.
+        queries: how many there are in all.
+        rank: at most; ``None``: their factors.
+    """
+    numbers = 0
+    for found in blocks.values():
+        if isinstance(found, VectorGradients):
+            numbers += found.values.shape[1]
+            itemsize = found.values.element_size()
+            continue
+        t, p, m = found.grads.shape[1], found.block.p, found.block.m
+        itemsize = found.grads.element_size()
+        if rank is None:
+            numbers += t * (p + m)
+        else:
+            numbers += t * (p + 1) if found.one_hot else min(min(t, rank) * (p + m), p * m)
+    return queries * numbers * itemsize
+
+
+def _layered_cost(objective: Objective) -> tuple[float, int]:
     """Of K-FAC: seconds of a pass over one example, and bytes of factors and eigenvalues.
 
     Measured on the first batch: to the outputs of the layers and back, and the products of the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from woodbury.curvature import Objective
+from woodbury.curvature import KFAC, Objective
 from woodbury.curvature.damping import Damping
 from woodbury.curvature.promotion import promoted
 from woodbury.errors import ArgumentError, StructureError
-from woodbury.influence.chunks import chosen_rows
+from woodbury.influence.chunks import chosen_rows, digest_of_rows, modules_of
 from woodbury.influence.forecast import (
     Forecast,
     Plan,
     gradient_seconds,
-    layered_cost,
+    layered_forecast,
     make_plan,
     solve_bytes,
 )
 from woodbury.influence.layered import Layered, layered_self_scores
+from woodbury.influence.low_rank import LowRank
 from woodbury.influence.measurements import Measurement, measured, support
 from woodbury.influence.pairwise import Pairwise, self_scores
 from woodbury.influence.runs import Run, run_of
@@ -180,9 +180,10 @@ class Influence:
         *,
         rows: Tensor | None = None,
         modules: bool = False,
+        query_rank: int | None = None,
         folder: str | Path | None = None,
     ) -> Scores:
-        """The score of every training example for every query.
+        r"""The score of every training example for every query.
 
         Args:
             queries: data in a form that :class:`~woodbury.Objective` takes; by default the training
@@ -190,6 +191,10 @@ class Influence:
             rows: numbers of the training examples to score, ``[N']``; by default all.
             modules: give the parts of the modules of the model, too: the sums over their
                 parameters.
+            query_rank: keep $A^{-1}\nabla m_q$ of each layer as a matrix of this rank (32 in the
+                source), where that takes less memory than what is exact: for K-FAC and EK-FAC
+                without a recipe. ``error()`` is then a bound for every score, and the error over
+                all is measured and in the certificate. ``tolerance`` has no part in it.
             folder: where finished pieces go. A run that was killed goes on there with the same
                 result; another model, other data or other settings are refused.
 
@@ -197,16 +202,18 @@ class Influence:
             :class:`Scores` ``[Q, N']``, columns in ascending order of rows.
         """
         objective = self.objective
+        self._require_rank(query_rank)
         asked = self._asked(queries)
         chosen = chosen_rows(objective, rows)
-        names, owner = _modules(objective)
+        names, owner = modules_of(objective)
         plan = make_plan(
             objective, self._memory, asked.num_examples, len(chosen), len(names) * modules
         )
         system = self._prepared(plan)
         if system.inverses is not None:
-            return self._layered(asked, chosen, modules, folder)
-        words = {"kind": "scores", "modules": modules, "rows": _digest(chosen)}
+            return self._layered(asked, chosen, modules, query_rank, folder)
+        self._require_rank(query_rank, system)
+        words = {"kind": "scores", "modules": modules, "rows": digest_of_rows(chosen)}
         run = self._run(folder, words, system, asked)
         pairwise = Pairwise(
             objective, system, plan, run, chosen, owner if modules else [], self._say
@@ -226,37 +233,35 @@ class Influence:
         )
 
     def _layered(
-        self, asked: Objective, chosen: Tensor, modules: bool, folder: str | Path | None
+        self, asked: Objective, chosen: Tensor, modules: bool, rank: int | None, folder: Any
     ) -> Scores:
         """By layers, in the eigenbasis of the matrix."""
         objective, system = self.objective, self.system
         assert system.inverses is not None  # seen by the caller
         count = len(system.inverses) if modules else 0
-        make_plan(objective, self._memory, asked.num_examples, len(chosen), count)
-        words = {"kind": "scores", "modules": modules, "rows": _digest(chosen)}
-        words["tolerance"] = self.tolerance
+        plan = make_plan(objective, self._memory, asked.num_examples, len(chosen), count)
+        words = {"kind": "scores", "modules": modules, "rows": digest_of_rows(chosen)}
+        words.update({"tolerance": self.tolerance} if rank is None else {"query_rank": rank})
         run = self._run(folder, words, system, asked)
-        layered = Layered(
-            objective, system.inverses, self.tolerance, chosen, run, modules, self._say
-        )
+        left = chosen, run, modules, self._say
+        if rank is None:
+            layered = Layered(objective, system.inverses, self.tolerance, *left)
+        else:
+            memory = plan.budget - plan.scores
+            layered = LowRank(objective, system.inverses, rank, memory, *left)
         values, parts, truncation = layered.scores(asked)
-        solves: dict[str, Any] = {"ok": True}
-        if truncation is not None:
-            solves["truncation_error"] = truncation.relative
-            solves["truncation_error_at_most"] = truncation.upper
-            solves["terms"] = dict(truncation.terms)
-        exact = truncation is None
+        errors = layered.errors(len(values), truncation)
         return Scores(
             values=values,
             rows=chosen,
             support=support(self.measurement),
-            solve_error=torch.zeros(len(values), dtype=torch.float64) if exact else None,
+            solve_error=errors,
             gradient_norms=layered.norms / objective.num_examples,
-            proven=exact,
+            proven=errors is not None,
             modules=parts,
             module_names=layered.names,
             settings=self._settings(system),
-            solves=solves,
+            solves={"ok": True, **layered.words(truncation)},
         )
 
     def self_influence(self, *, folder: str | Path | None = None) -> SelfInfluence:
@@ -288,12 +293,15 @@ class Influence:
             values, error, system.proven, self._settings(system), system.certificate()
         )
 
-    def forecast(self, queries: Any = None, *, rows: Tensor | None = None) -> Forecast:
+    def forecast(
+        self, queries: Any = None, *, rows: Tensor | None = None, query_rank: int | None = None
+    ) -> Forecast:
         """Memory, disk and time of :meth:`scores`, before it runs.
 
         Args:
             queries: as for :meth:`scores`.
             rows: as for :meth:`scores`.
+            query_rank: as for :meth:`scores`.
 
         Raises:
             BudgetError: it would not fit into the memory.
@@ -303,6 +311,7 @@ class Influence:
         is called.) K-FAC and EK-FAC count with the passes that fit them.
         """
         objective = self.objective
+        self._require_rank(query_rank)
         asked = self._asked(queries)
         chosen = chosen_rows(objective, rows)
         count = asked.num_examples
@@ -310,19 +319,8 @@ class Influence:
         recipe, matrix, _ = self._given
         vector = objective.space.dim * torch.finfo(objective.dtype).bits // 8
         fits = _FITS.get(matrix, 0) if isinstance(matrix, str) else 0
-        if recipe is None and matrix in ("kfac", "ekfac"):
-            seconds, factors = layered_cost(objective)
-            passes = fits + 1
-            disk = 2 * plan.scores + len(chosen) * 8
-            return Forecast(
-                plan.scores + factors,
-                disk,
-                passes,
-                seconds * max(objective.num_examples, len(chosen)),
-                0.0,
-                0,
-                plan,
-            )
+        if recipe is None and (isinstance(matrix, KFAC) or matrix in ("kfac", "ekfac")):
+            return layered_forecast(objective, asked, plan, len(chosen), fits, query_rank)
         gradients = gradient_seconds(objective, plan.chunk, len(chosen))
         product, products = self._products(plan, count) if not fits else (0.0, 0)
         passes = fits - (-count // plan.columns)
@@ -346,6 +344,19 @@ class Influence:
         seconds = time.perf_counter() - start
         recipe = choose_recipe(base) if recipe is None else recipe
         return seconds, products_at_most(recipe, n, queries)
+
+    def _require_rank(self, rank: int | None, system: System | None = None) -> None:
+        recipe, matrix, _ = self._given
+        if rank is None:
+            return
+        if rank < 1:
+            raise ArgumentError(f"query_rank is {rank}; give a positive number, for example 32")
+        other = isinstance(matrix, str) and matrix not in ("kfac", "ekfac")
+        if recipe is not None or other or system is not None:
+            raise ArgumentError(
+                "query_rank is for scores layer by layer: give matrix='kfac' or 'ekfac' and no "
+                f"recipe (here the matrix is {matrix!r} and the recipe {recipe!r})"
+            )
 
     def _asked(self, queries: Any) -> Objective:
         if queries is None:
@@ -374,20 +385,3 @@ class Influence:
         given = None if isinstance(self._given[1], str) else system.matrix
         words = {**words, **self._settings(system)}
         return run_of(folder, words, self.objective, asked, given)
-
-
-def _modules(objective: Objective) -> tuple[tuple[str, ...], list[tuple[int, slice]]]:
-    """Names of the modules that own parameters, and which of them owns which entries."""
-    names: dict[str, int] = {}
-    owner = []
-    start = 0
-    for name, size in objective.space.sizes.items():
-        module = name.rpartition(".")[0] or name
-        place = names.setdefault(module, len(names))
-        owner.append((place, slice(start, start + size)))
-        start += size
-    return tuple(names), owner
-
-
-def _digest(rows: Tensor) -> str:
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]

@@ -40,10 +40,6 @@ class Queries(Protocol):
         """``[Q, b]``."""
         ...
 
-    def exact(self, gradients: Any, /) -> Tensor:
-        """The same without any approximation."""
-        ...
-
 
 # Terms of a first look, and the part of the tolerance that is aimed at: what is measured in the end
 # is an upper limit.
@@ -64,7 +60,7 @@ def _of_one_shape(pieces: Sequence[Gradients]) -> bool:
     return vectors or len({piece.grads.shape[1] for piece in pieces}) == 1  # type: ignore[union-attr]
 
 
-def _joined(pieces: Sequence[Gradients]) -> Gradients:
+def joined(pieces: Sequence[Gradients]) -> Gradients:
     first = pieces[0]
     if isinstance(first, VectorGradients):
         return VectorGradients(first.block, torch.cat([p.values for p in pieces]))  # type: ignore[union-attr]
@@ -136,6 +132,20 @@ class Layered:
             )
         return result, parts, truncation
 
+    def words(self, truncation: Truncation | None) -> dict[str, Any]:
+        """What a certificate says."""
+        if truncation is None:
+            return {}
+        return {
+            "truncation_error": truncation.relative,
+            "truncation_error_at_most": truncation.upper,
+            "terms": dict(truncation.terms),
+        }
+
+    def errors(self, queries: int, truncation: Truncation | None) -> Tensor | None:
+        """What times ``norms`` bounds the error of every score, ``[Q]``, if anything does."""
+        return torch.zeros(queries, dtype=torch.float64) if truncation is None else None
+
     # -------------------------------------------------------------- queries
 
     def _prepare(self, asked: Objective) -> tuple[list[Tensor], list[Prepared]]:
@@ -192,7 +202,8 @@ class Layered:
         if draw is None:
             return {}
         pilot = {name: take(gradients, draw.unique) for name, gradients in batch.items()}
-        exact = _each(groups[0], pilot, exact=True)
+        found_in = ((name, query) for name, query in groups[0].items() if name in pilot)
+        exact = {name: query.exact(pilot[name]) for name, query in found_in}  # type: ignore[arg-type]
         weights = draw.weights().repeat(len(rough), 1)
         weights[heavy[0][:, None], torch.isin(draw.unique, heavy[1]).nonzero().squeeze(1)] = 0
         allowed = (_AIM * tolerance) ** 2 * draw.total
@@ -221,7 +232,7 @@ class Layered:
         for batch in FactoredGradients(few, dense=self.factored.dense).passes("pilot"):
             for name, gradients in batch.blocks.items():
                 found.setdefault(name, []).append(gradients)
-        return {name: _joined(pieces) for name, pieces in found.items() if _of_one_shape(pieces)}
+        return {name: joined(pieces) for name, pieces in found.items() if _of_one_shape(pieces)}
 
     # ----------------------------------------------------------------- pass
 
@@ -299,7 +310,10 @@ class Layered:
         return truncation
 
     def _exact(self, group: Mapping[str, Queries], columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact scores of some columns, ascending: ``[Q, u]``, and of the blocks ``[M, Q, u]``."""
+        """Scores of some columns, ascending: ``[Q, u]``, and of the blocks ``[M, Q, u]``.
+
+        Exact, of queries that take no terms.
+        """
         wanted, count = self.rows[columns], _width(group)
         exact = self.norms.new_zeros(count, len(wanted))
         parts = self.norms.new_zeros(len(self.names), count, len(wanted))
@@ -308,7 +322,7 @@ class Layered:
         few = self.objective.with_data([data for _, data in subset])
         column, factor = 0, -1 / self.objective.num_examples
         for batch in FactoredGradients(few, dense=self.factored.dense).passes("exact scores"):
-            found = _each(group, batch.blocks, exact=True)
+            found = _each(group, batch.blocks)
             places = torch.searchsorted(wanted, order[column : column + batch.size])
             exact[:, places] = factor * _total(found)
             for part, key in zip(parts, self.names, strict=True):
@@ -326,15 +340,12 @@ def _width(group: Mapping[str, Queries]) -> int:
     return len(next(iter(group.values())))
 
 
-def _each(
-    group: Mapping[str, Queries], blocks: Mapping[str, Gradients], *, exact: bool = False
-) -> dict[str, Tensor]:
+def _each(group: Mapping[str, Queries], blocks: Mapping[str, Gradients]) -> dict[str, Tensor]:
     """Scores of every block that the queries and the examples share, ``[Q, b]``."""
     found = {}
     for name, query in group.items():
         if name in blocks:
-            way = query.exact if exact else query.scores
-            found[name] = way(blocks[name])
+            found[name] = query.scores(blocks[name])
     if not found:
         raise DataError("the queries and the training data use no parameter in common")
     return found

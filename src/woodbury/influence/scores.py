@@ -57,9 +57,11 @@ class Scores:
         support: sign of the scores that speak for the prediction: -1 where a loss is measured.
         solve_error: bound (or estimate) of $\|x_q - A^{-1}\nabla m_q\|$ of every query, ``[Q]``;
             ``None`` where the error is known for all scores together only. Of scores from a
-            :class:`GradientStore`: norms of several parts of the query, ``[Q, R]``.
+            :class:`GradientStore`: norms of several parts of the query, ``[Q, R]``. With
+            ``query_rank``: $\|X_q^l - U_q^l V_q^{lT}\|_F$ of the layers it approximates.
         gradient_norms: $\|\nabla\ell_i\| / N$, ``[N]``. From a store: norms of the errors of
-            these parts of the example, over $N$, ``[N, R]``.
+            these parts of the example, over $N$, ``[N, R]``. With ``query_rank``:
+            $\|\nabla_l \ell_i\| / N$ of these layers.
         proven: whether ``solve_error`` is a bound.
         modules: scores by module, ``[M, Q, N]``, where they were asked for; they add up to
             ``values``.
@@ -104,7 +106,7 @@ class Scores:
 
         $|\hat s_{qi} - s_{qi}| \le \|x_q - A^{-1}\nabla m_q\|\,\|\nabla\ell_i\| / N$, a bound where
         ``proven``, to the rounding of the inner product. From a store: the sum of such products
-        over its parts (see :class:`GradientStore`).
+        over its parts (see :class:`GradientStore`), and with ``query_rank`` over layers.
 
         Raises:
             ArgumentError: the scores carry no certificate.
