@@ -56,7 +56,7 @@ def test_products(threads, library, dtype, lead, k, n):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("n", [1, 5, 511, 512, 515])
+@pytest.mark.parametrize("n", [1, 5, 511, 512, 515, 1025])
 def test_symmetric_sums(library, dtype, n):
     rows, weights = random(7, n, dtype=dtype), torch.rand(7, 1, dtype=dtype)
     expected = rows.double().T @ (weights * rows).double()

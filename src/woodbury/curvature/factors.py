@@ -33,6 +33,8 @@ Sums = dict[str, Tensor]
 
 # Gradients that are squared and summed at once, such that they stay in the cache.
 _CACHE_BYTES = 4 * 2**20
+# Gradients with at least so many entries are worth a product of their own.
+_LARGE = 2**17
 
 
 class FactorSums:
@@ -207,8 +209,15 @@ def _squares(
     early_S, late_S = (Q_S, None) if t < m else (None, Q_S)
     early_A, late_A = (Q_A, None) if t < p else (None, Q_A)
     total = gradients.grads.new_zeros(p, m)
+    other = gradients.rotate(early_S, early_A)
+    if late_S is late_A is None and not other.one_hot and p * m >= _LARGE:
+        each = zip(other.grads, other.inputs, strict=True)
+        for i, (g, a) in enumerate(each):
+            D = crossed(g, a)
+            total.addcmul_(D, D if weights is None else D * weights[i])
+        return total
     start = 0
-    for part in gradients.rotate(early_S, early_A).chunks(_CACHE_BYTES):
+    for part in other.chunks(_CACHE_BYTES):
         D = part.dense().view(-1, p, m)
         D = D if late_S is None else late_S.T @ D
         D = (D if late_A is None else D @ late_A).square_()

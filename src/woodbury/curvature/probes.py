@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.losses import per_example
-from woodbury.curvature.problem import Problem
 from woodbury.errors import DataError
+
+if TYPE_CHECKING:
+    from woodbury.curvature.problem import Problem
 
 __all__ = ["require_examplewise", "some_examples"]
 

@@ -21,7 +21,8 @@ _LEAST = 2**24
 # In one thread, torch gives convolutions of at least so many images to oneDNN; positions are cut
 # into as many then.
 _IMAGES = 16
-# Sides of at least so many entries are summed by so many panels, which spares 3 of 8 operations.
+# Sides of at least so many entries are summed by so many panels, which spares 3 of 8 operations
+# (two panels: 1 of 4).
 _WIDE, _PANELS = 512, 4
 
 
@@ -42,15 +43,16 @@ def crossed(x: Tensor, y: Tensor) -> Tensor:
 
 
 def gram(weighted: Tensor, rows: Tensor) -> Tensor:
-    """``weighted^T rows`` where that is symmetric."""
+    """``weighted^T rows`` where that is symmetric: wide ones by panels above the diagonal."""
     n = rows.shape[1]
-    if n < _WIDE or _suits(weighted, rows, rows.numel() * n):
+    if n < _WIDE:
         return crossed(weighted, rows)
-    step = -(-n // _PANELS)  # panels above the diagonal
+    # oneDNN is slower on narrow panels.
+    step = -(-n // (2 if _suits(weighted, rows, rows.numel() * n // 4) else _PANELS))
     out = rows.new_empty(n, n)
     for start in range(0, n, step):
         stop = min(start + step, n)
-        torch.mm(weighted[:, start:stop].T, rows[:, start:], out=out[start:stop, start:])
+        out[start:stop, start:] = crossed(weighted[:, start:stop], rows[:, start:])
         out[stop:, start:stop] = out[start:stop, stop:].T
     return out
 

@@ -78,6 +78,7 @@ class TwoPasses:
                         break
             if self._open:
                 self._kept[batch.index] = kept
+            del graph, found  # before there is another one
 
     def corrections(self, start: int, part: tuple[int, int]) -> Iterator[FactoredBatch]:
         """The second pass."""
