@@ -17,6 +17,7 @@ from woodbury.errors import (
     StructureError,
 )
 from woodbury.implicit import newton_cg
+from woodbury.influence.linear_rows import LinearRows
 from woodbury.operators import Dense
 
 
@@ -204,3 +205,73 @@ def test_a_given_operator_is_used() -> None:
     stiff = 1e6 * GaussNewton(objective)
     result = leave_one_out(objective, CG(), curvature=stiff)
     torch.testing.assert_close(result.predictions, result.fitted, rtol=1e-4, atol=1e-5)
+
+
+class Features(nn.Module):
+    """A network whose last layer is asked about, with a bias or without."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4).double()
+        self.head = nn.Linear(4, 3, bias=bias).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_last_layer_is_left_out_of_as_by_general_solves(bias: bool, weighted: bool) -> None:
+    torch.manual_seed(0)
+    x, gen = data(25, 3)
+    y = torch.randint(0, 3, (25,), generator=gen)
+    weights = torch.rand(25, generator=gen, dtype=torch.float64) if weighted else None
+    names = ["head.weight", *(["head.bias"] if bias else [])]
+    batches = [(x[:9], y[:9]), (x[9:], y[9:])]
+    objective = Objective(
+        Features(bias), "cross_entropy", batches, params=names, weights=weights, l2=1e-2
+    )
+    assert LinearRows.of(objective) is not None
+    found = leave_one_out(objective)
+    general = leave_one_out(objective, Eigh())
+    for name in ("predictions", "fitted", "losses", "leverage", "unstable"):
+        torch.testing.assert_close(getattr(found, name), getattr(general, name))
+    assert found.suboptimality == pytest.approx(general.suboptimality, rel=1e-8)
+    assert found.stationarity == pytest.approx(general.stationarity)
+    assert found.report.ok
+    assert found.report.residual < 1e-12
+    torch.testing.assert_close(leave_one_out(objective, Cholesky()).losses, found.losses)
+
+
+def test_what_is_not_a_softmax_of_a_layer_goes_the_general_way() -> None:
+    x, gen = data(12, 3)
+    y = torch.randint(0, 3, (12,), generator=gen)
+    layer = linear(3, 3, torch.randn(9, generator=gen, dtype=torch.float64))
+    smooth = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double())
+
+    def rows(model: nn.Module, criterion: object, target: Tensor, **options: object) -> object:
+        return LinearRows.of(Objective(model, criterion, (x, target), l2=0.1, **options))
+
+    assert rows(layer, "cross_entropy", y) is not None
+    assert rows(nn.Sequential(layer, nn.Tanh()), "cross_entropy", y) is None
+    assert rows(nn.Sequential(nn.Tanh(), layer), "cross_entropy", y) is not None
+    assert rows(layer, smooth, y) is None
+    assert rows(layer, "mse", x) is None
+    assert rows(nn.Sequential(layer, linear(3, 3)), "cross_entropy", y) is None
+    embedded = nn.Sequential(nn.Embedding(5, 3)).double()
+    tokens = torch.arange(12) % 5
+    assert LinearRows.of(Objective(embedded, "cross_entropy", (tokens, y), l2=0.1)) is None
+
+
+def test_single_precision_is_enough_for_the_last_layer() -> None:
+    digits = load_digits()
+    x, y = torch.as_tensor(digits.data)[:200] / 16, torch.as_tensor(digits.target)[:200]
+    objective = fitted(Objective(linear(64, 10), "cross_entropy", (x, y), l2=1e-3))
+    theta = objective.params_vector()
+    model = nn.Linear(64, 10, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(theta.view(10, 64))
+    single = leave_one_out(Objective(model, "cross_entropy", (x.float(), y), l2=1e-3))
+    double = leave_one_out(objective, Eigh())
+    assert single.predictions.dtype == torch.float32
+    assert (single.predictions.double() - double.predictions).abs().max() < 1e-3

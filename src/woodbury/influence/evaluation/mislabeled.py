@@ -84,11 +84,12 @@ def flip_labels(
 
 
 def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""How much more probable another class is than the label: a suspicion that it is wrong.
+    r"""How many times more probable another class is than the label: a suspicion that it is wrong.
 
-    $\max_{c \ne y} \bar p_c - \bar p_y$, with the mean $\bar p$ over models of the softmax of
-    logits. Give it predictions of models that did not see the row, for example those of
-    :func:`~woodbury.leave_one_out`: a model that has seen a wrong label believes it.
+    $\max_{c \ne y} \log\bar p_c - \log\bar p_y$, with the mean $\bar p$ over models of the softmax
+    of logits; of one model a difference of logits. Give it predictions of models that did not see
+    the row, for example those of :func:`~woodbury.leave_one_out`: a model that has seen a wrong
+    label believes it.
 
     Args:
         logits: ``[N, C]``, or of several models ``[M, N, C]``. Of a network that starts at random,
@@ -96,22 +97,23 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
         labels: class numbers $y$, ``[N]``.
 
     Returns:
-        Suspicions from -1 to 1, ``[N]`` in float64.
+        Suspicions ``[N]`` in nats, float64; positive where another class is more probable.
 
     Raises:
         ShapeError: the two do not fit, there is one class only, or labels are not integers of
             ``0 .. C-1``.
         NonFiniteError: a logit is NaN or infinite.
 
-    Source: the normalised margin of Northcutt, Jiang and Chuang, "Confident learning: estimating
-    uncertainty in dataset labels" (JAIR 2021), of leave-one-out in the place of folds.
+    Source: margins of folds are due to Northcutt, Jiang and Chuang, "Confident learning: estimating
+    uncertainty in dataset labels" (JAIR 2021), as differences of probabilities; logarithms tell
+    apart what is all but certain, and leave-one-out needs no folds.
 
     Example:
         >>> import torch
         >>> from woodbury.influence.evaluation import label_margin
         >>> logits = torch.tensor([[0.0, 1.0], [3.0, 3.0], [0.0, 9.0]])
         >>> label_margin(logits, torch.tensor([1, 1, 0]))
-        tensor([-0.4621,  0.0000,  0.9998], dtype=torch.float64)
+        tensor([-1.,  0.,  9.], dtype=torch.float64)
     """
     shape = tuple(logits.shape)
     if logits.dim() not in (2, 3) or shape[-1] < 2 or shape[-2:-1] != tuple(labels.shape):
@@ -128,12 +130,12 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("a logit is NaN or infinite")
-    probabilities = logits.detach().double().softmax(-1)
-    if probabilities.dim() == 3:
-        probabilities = probabilities.mean(0)
-    place = labels.long()[:, None].to(probabilities.device)
-    own = probabilities.gather(1, place).squeeze(1)
-    return probabilities.scatter(1, place, -torch.inf).amax(1) - own
+    logs = logits.detach().double().log_softmax(-1)
+    if logs.dim() == 3:
+        logs = logs.logsumexp(0)
+    place = labels.long()[:, None].to(logs.device)
+    own = logs.gather(1, place).squeeze(1)
+    return logs.scatter(1, place, -torch.inf).amax(1) - own
 
 
 def mislabel_detection(
