@@ -202,7 +202,7 @@ class Batches:
         self._examples: int | None = None
         self._count: int | None = len(source) if isinstance(source, list | tuple) else None
         self._marks: list[tuple[int, float]] = []
-        self._indexed = False
+        self._indexed = self._numbered = False
 
     def passes(self, what: str, start: int = 0) -> Iterator[Batch]:
         """One pass over the batches, without the first ``start`` of them."""
@@ -259,10 +259,26 @@ class Batches:
         if self.ordered or (self.num_examples and self._indexed):
             return
         raise DataError(
-            f"{what} needs to know which row is which, and the DataLoader shuffles; make it with "
-            "shuffle=False, or let its batches carry row numbers as (inputs, targets, indices) or "
-            "under the key 'indices'"
+            f"it must be known which row is which ({what}), and the DataLoader shuffles; make it "
+            "with shuffle=False, or let its batches carry row numbers as (inputs, targets, "
+            "indices) or under the key 'indices'"
         )
+
+    def require_numbers(self) -> None:
+        """Raise unless row numbers, where batches carry them, are those of all rows, each once."""
+        if self._numbered:
+            return
+        found = [self._indices(raw) for raw in self.source]
+        given = [part.cpu().long() for part in found if part is not None]
+        if given:
+            order, count = torch.cat(given).sort().values, self.num_examples
+            if len(given) < len(found) or not torch.equal(order, torch.arange(count)):
+                raise DataError(
+                    f"the indices in the batches go from {int(order[0])} to {int(order[-1])}; they "
+                    f"must be the row numbers 0 to {count - 1} of the {count} examples, each once "
+                    "(number the rows of a subset anew)"
+                )
+        self._numbered = True
 
     def _seen(self, index: int, raw: Any) -> int:
         """The size of a batch, which is the same batch as in earlier passes."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
+from woodbury.curvature.finite import finite_outputs
 from woodbury.curvature.gradient_rows import sampled_gradients
 from woodbury.curvature.hessian import Hessian
-from woodbury.curvature.matrix import finite_outputs
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.per_example import each_row
-from woodbury.errors import ArgumentError, BudgetError, DataError
+from woodbury.errors import ArgumentError, BudgetError, DataError, NonFiniteError
 from woodbury.operators import BlockDiagonal, Dense, Diagonal
 from woodbury.operators.memory import available_bytes, in_words
 
@@ -212,6 +212,12 @@ def _pairs(
 
 def _weighted(objective: Objective, rows: Iterator[tuple[Tensor, Tensor]]) -> Pairs:
     for places, gradients in rows:
+        if not bool(torch.isfinite(gradients).all()):
+            bad = places[~torch.isfinite(gradients).flatten(1).all(1)].tolist()
+            raise NonFiniteError(
+                f"the gradients of {len(bad)} examples hold NaN or infinity (rows "
+                f"{', '.join(map(str, bad[:8]))}); look at these rows, or leave them out"
+            )
         if objective.weights is None:
             yield gradients, gradients
         else:

@@ -9,13 +9,13 @@ from torch import Tensor
 from woodbury.curvature.backprop import Backprop
 from woodbury.curvature.batches import Batch
 from woodbury.curvature.draws import make_seed
+from woodbury.curvature.finite import finite_outputs
 from woodbury.curvature.linearization import Cache
 from woodbury.curvature.losses import Product, per_example
 from woodbury.curvature.matrix import (
     OutputCurvature,
     Params,
     Setting,
-    finite_outputs,
     semidefinite_tags,
 )
 from woodbury.curvature.objective import Objective

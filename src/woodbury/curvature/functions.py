@@ -121,6 +121,34 @@ class ModuleFunction:
                 )
         return result
 
+    def require_shifted(self, batch: Batch) -> None:
+        """Raise where a causal language model is given its own inputs for labels.
+
+        Models of transformers shift such labels in a loss of their own; a criterion compares
+        logits and labels place by place.
+
+        Raises:
+            DataError: the labels are the inputs, not what follows them.
+        """
+        names = [type(module).__name__ for module in self.model.modules()]
+        causal = next((n for n in names if n.endswith(("ForCausalLM", "LMHeadModel"))), None)
+        data = batch.data
+        if causal is None or not isinstance(data, Mapping):
+            return
+        ids, labels = data.get("input_ids"), data.get("labels")
+        if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
+            return
+        if ids.shape != labels.shape or ids.dim() != 2:
+            return
+        counted = labels >= 0
+        follows = bool((labels == ids.roll(-1, 1))[counted].all())
+        if bool(counted.any()) and not follows and torch.equal(labels[counted], ids[counted]):
+            raise DataError(
+                f"the labels of batch {batch.index} are its input_ids, place by place, and "
+                f"{causal} predicts at each place the token after it; shift them: labels = "
+                "input_ids.roll(-1, 1), with -100 in the last column and where there is padding"
+            )
+
     @contextmanager
     def _modes(self) -> Iterator[None]:
         before = [(module, module.training) for module in self.model.modules()]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
+from woodbury.curvature.finite import finite_outputs
 from woodbury.curvature.linearization import Cache
 from woodbury.curvature.losses import Product
 from woodbury.curvature.matrix import (
     OutputCurvature,
     Params,
     Setting,
-    finite_outputs,
     semidefinite_tags,
 )
 from woodbury.curvature.objective import Objective

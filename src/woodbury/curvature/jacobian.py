@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature.batches import Batch
+from woodbury.curvature.finite import finite_outputs
 from woodbury.curvature.graphs import JacobianLinearized, Layout, Linearized, Room
 from woodbury.curvature.linearization import Cache, CacheReport, Linearizations
 from woodbury.curvature.losses import per_example
@@ -17,7 +18,6 @@ from woodbury.curvature.matrix import (
     Params,
     Setting,
     empty_rows,
-    finite_outputs,
     rows_of,
 )
 from woodbury.curvature.objective import Objective

@@ -121,6 +121,7 @@ def per_example(losses: Tensor, what: str) -> Tensor:
     """
     if losses.dim() == 0:
         raise DataError(
-            f"{what} need one loss per example, and the loss returns a scalar; let it return [B]"
+            f"the loss returns a scalar, and {what} take one loss per example: let it return [B], "
+            "without a sum or mean over the batch (reduction='none')"
         )
     return losses

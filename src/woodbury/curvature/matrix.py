@@ -14,7 +14,6 @@ from woodbury.curvature.linearization import Cache, CacheReport, Linearizations
 from woodbury.curvature.losses import Product
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.signals import make_signals
-from woodbury.errors import NonFiniteError
 from woodbury.operators import LinearOperator
 from woodbury.operators.tags import Tags
 
@@ -210,13 +209,3 @@ class OutputCurvature(BatchedCurvature):
 
     def _method(self) -> str:
         return self._outputs.method
-
-
-def finite_outputs(z: Tensor, batch: Batch) -> Tensor:
-    """``z``, seen to be finite."""
-    if not bool(torch.isfinite(z.detach()).all()):
-        raise NonFiniteError(
-            f"the outputs of batch {batch.index} ({batch.size} examples) hold NaN or infinity; "
-            "check that batch and the parameters"
-        )
-    return z

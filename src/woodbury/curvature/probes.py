@@ -15,8 +15,10 @@ from woodbury.errors import DataError
 if TYPE_CHECKING:
     from woodbury.curvature.problem import Problem
 
-__all__ = ["require_examplewise", "some_examples"]
+__all__ = ["require_examplewise", "require_examplewise_on_some", "some_examples"]
 
+# Examples that a check looks at.
+_FEW = 4
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -29,6 +31,21 @@ def some_examples(batch: Batch, start: int, stop: int) -> Batch:
     ]
     rows = batch.places()[start:stop]
     return Batch(batch.index, tree_unflatten(parts, structure), stop - start, rows)
+
+
+def require_examplewise_on_some(problem: Problem, batch: Batch) -> None:
+    """:func:`require_examplewise` on the first examples, or on all where data does not split.
+
+    Raises:
+        DataError: as :func:`require_examplewise`.
+    """
+    if batch.size > _FEW:
+        try:
+            require_examplewise(problem, some_examples(batch, 0, _FEW))
+            return
+        except (RuntimeError, ValueError, IndexError):
+            pass  # the data does not split, or the mistake is shown once more
+    require_examplewise(problem, batch)
 
 
 def require_examplewise(problem: Problem, batch: Batch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from woodbury.curvature.batches import Batch, Batches, Progress, split
+from woodbury.curvature.finite import first_bad
 from woodbury.curvature.functions import ModuleFunction, output_tensor
 from woodbury.curvature.likelihoods import Categorical
 from woodbury.curvature.losses import Criterion, reduce_losses, weighted_sum
@@ -176,11 +177,13 @@ class Problem:
 
     def batch_loss(self, params: Params, batch: Batch) -> Tensor:
         """``sum_i w_i loss_i`` over a batch, seen to be finite."""
-        total = weighted_sum(self.losses(params, batch), self.batch_weights(batch), batch.size)
+        losses = self.losses(params, batch)
+        total = weighted_sum(losses, self.batch_weights(batch), batch.size)
         if not torch.isfinite(total.detach()):
             raise NonFiniteError(
-                f"the loss of batch {batch.index} ({batch.size} examples) is {total.item()}; check "
-                "that batch for NaN or extreme values, and the parameters"
+                f"the loss of batch {batch.index} ({batch.size} examples) is {total.item()}"
+                f"{first_bad(losses, batch)}; check that batch for NaN or extreme values, and the "
+                "parameters"
             )
         return total
 
@@ -201,6 +204,13 @@ class Problem:
     def require_rows(self, what: str) -> None:
         """Raise unless it is known which row of the data each example is."""
         self._batches.require_rows(what)
+
+    def require_numbers(self) -> None:
+        """Raise unless row numbers that batches carry are those of all examples, each once.
+
+        Cost: a pass over the data without the model, the first time.
+        """
+        self._batches.require_numbers()
 
     def in_order(self, pieces: list[tuple[slice | Tensor, Tensor]]) -> Tensor:
         """Rows computed per batch, put into the order of the data."""
@@ -228,6 +238,8 @@ class Problem:
     def _verify(self) -> None:
         """Look at a few examples of the first batch, or at all of it where it cannot be cut."""
         whole = self._batches.first()
+        if isinstance(self._predict, ModuleFunction):
+            self._predict.require_shifted(whole)
         few = some_examples(whole, 0, min(whole.size, _PROBED))
         try:
             self._verify_on(few)
@@ -275,6 +287,7 @@ class Problem:
         if weights is None:
             return None
         self._batches.require_rows("weights per example")
+        self._batches.require_numbers()
         if weights.shape != (self.num_examples,):
             raise ShapeError(
                 f"weights have shape {tuple(weights.shape)}, expected [{self.num_examples}], one "

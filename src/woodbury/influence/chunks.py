@@ -10,6 +10,7 @@ from torch import Tensor
 
 from woodbury.curvature import Objective
 from woodbury.curvature.per_example import ExampleGradients
+from woodbury.curvature.probes import require_examplewise_on_some
 from woodbury.errors import ArgumentError, NonFiniteError, ShapeError
 
 __all__ = ["chosen_rows", "digest_of_rows", "gradient_chunks", "modules_of"]
@@ -20,7 +21,9 @@ def chosen_rows(objective: Objective, rows: Tensor | None) -> Tensor:
 
     Raises:
         ShapeError, ArgumentError: ``rows`` is not a list of different row numbers.
+        DataError: batches carry row numbers that are not those of all rows, each once.
     """
+    objective.require_numbers()
     count = objective.num_examples
     if rows is None:
         return torch.arange(count)
@@ -41,12 +44,16 @@ def gradient_chunks(
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite; the message names its rows.
+        DataError: the loss of an example depends on its batch.
     """
     objective.require_rows("influence")
     wanted = None if rows is None else rows.to(objective.device)
     gradients = ExampleGradients(objective)
-    passed = 0
+    passed, probed = 0, False
     for batch in objective.batches("gradients per example"):
+        if not probed and batch.size > 1:
+            require_examplewise_on_some(objective, batch)
+            probed = True
         places = batch.places().to(objective.device)
         index = torch.arange(batch.size, device=objective.device)
         if wanted is not None:

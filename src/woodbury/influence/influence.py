@@ -278,6 +278,7 @@ class Influence:
             :class:`SelfInfluence`, ``[N]``.
         """
         objective = self.objective
+        objective.require_numbers()
         plan = make_plan(objective, self._memory, 1, objective.num_examples, 0)
         # Here every example is a right-hand side.
         plan = replace(plan, columns=max(1, plan.cache // solve_bytes(objective)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from woodbury.curvature import KFAC, VectorBlock
@@ -11,7 +13,7 @@ from woodbury.errors import SingularError, StructureError
 from woodbury.influence.eigenbasis import EigenBlock, VectorInverse
 from woodbury.operators import Dense, Eigendecomposed, Identity, Kronecker, LinearOperator
 
-__all__ = ["layer_inverses"]
+__all__ = ["layer_inverses", "one_by_one"]
 
 
 def layer_inverses(matrix: KFAC, damped: LayerMatrix) -> dict[str, EigenBlock | VectorInverse]:
@@ -50,6 +52,12 @@ def layer_inverses(matrix: KFAC, damped: LayerMatrix) -> dict[str, EigenBlock | 
             whole = inverse if vectors is None else (vectors * inverse) @ vectors.T
             found[name] = VectorInverse(layer, whole)
     return found
+
+
+def one_by_one(inverses: Mapping[str, EigenBlock | VectorInverse]) -> list[str]:
+    """Parameters that the matrix has as blocks of their own, and not as parts of a layer."""
+    vectors = (one.block for one in inverses.values() if isinstance(one, VectorInverse))
+    return [block.name for block in vectors if block.parameters == (block.name,)]
 
 
 def _vectors(basis: LinearOperator) -> torch.Tensor | None:

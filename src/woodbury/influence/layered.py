@@ -20,6 +20,7 @@ from woodbury.influence.eigenbasis import (
     VectorInverse,
     VectorQueries,
 )
+from woodbury.influence.kronecker import one_by_one
 from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
 from woodbury.influence.runs import Run
 from woodbury.influence.truncation import Draw, Truncation, allocate, heaviest
@@ -106,7 +107,7 @@ class Layered:
     ) -> None:
         self.objective, self.inverses, self.tolerance = objective, inverses, tolerance
         self.rows, self.run, self.say = rows.to(objective.device), run, say
-        self.factored = FactoredGradients(objective)
+        self.factored = FactoredGradients(objective, dense=one_by_one(inverses))
         self.names = tuple(inverses) if parts else ()
         self.norms = torch.zeros(len(rows), dtype=objective.dtype, device=objective.device)
 
@@ -384,9 +385,10 @@ def layered_self_scores(objective: Objective, inverses: Inverses, run: Run, say:
     last = time.monotonic()
     if done == len(values):
         return values
-    for batch in FactoredGradients(objective).passes("self-influence", start):
-        for name, gradients in batch.blocks.items():
-            found = inverses[name].self_scores(gradients)  # type: ignore[arg-type]
+    gradients = FactoredGradients(objective, dense=one_by_one(inverses))
+    for batch in gradients.passes("self-influence", start):
+        for name, part in batch.blocks.items():
+            found = inverses[name].self_scores(part)  # type: ignore[arg-type]
             values[batch.rows] -= found / objective.num_examples
         done += batch.size
         say("self-influence", done / len(values))

@@ -101,6 +101,15 @@ class Scores:
         if self.support not in (-1, 1):
             raise ArgumentError(f"support is {self.support}; it must be -1 or 1")
 
+    def __repr__(self) -> str:
+        queries, examples = self.values.shape
+        words = "".join(
+            f", {name}={self.settings[name]!r}"
+            for name in ("measurement", "method", "matrix")
+            if name in self.settings
+        )
+        return f"Scores({queries} queries x {examples} examples{words})"
+
     def error(self) -> Tensor:
         r"""How far each score may be off because of the solve or a store, ``[Q, N]``.
 

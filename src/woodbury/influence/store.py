@@ -156,12 +156,14 @@ class GradientStore:
         if matrix is not None and matrix.shape != (n, n):
             raise ShapeError(f"the matrix is {matrix.shape}, the objective has {n} parameters")
         self.objective = promoted(objective)
+        self.objective.require_numbers()
         self.dtype, self.matrix, self._shard = dtype, matrix, shard
         self.damping = RelativeDamping(_SHARE) if damping is None else damping
         self._damping_chosen = damping is None
         self._progress = progress
         self._folder = Path(folder)
-        self._factored = FactoredGradients(self.objective)
+        dense = () if matrix is None else matrix.settings.dense
+        self._factored = FactoredGradients(self.objective, dense=dense)
         self._run = Run(folder, self._words())
 
     def _words(self) -> dict[str, Any]:
