@@ -3,11 +3,12 @@
 A trained 784-64-32-10 network, the first 2,000 rows of MNIST, the Gauss-Newton matrix plus ``mu I``
 (52,650 parameters), right-hand sides the gradients of two test losses, float64. The reference is
 conjugate gradients to a relative residual of 1e-12, checked by its true residual, and reached from
-another side without preconditioner. Every recipe is stopped after so many products with the matrix;
-a sketch is counted among them, and the fits are said in gradients. One damping of the
-preconditioner is chosen beforehand by the residual of another system after 40 steps.
+another side without preconditioner. Every recipe is stopped after so many products with the matrix
+for each right-hand side; a sketch is counted among them, and the fits are said in gradients. "For
+the budget" is ``woodbury.curvature.damping_for_steps`` with the number of products at hand, "for
+80" with 80 for all columns: neither has seen a right-hand side or a product.
 
-    python benchmarks/damped_solves.py [--small] [--mu MU]
+    python benchmarks/damped_solves.py [--small] [--mu MU] [--epochs EPOCHS]
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from woodbury import (
     EKFAC,
     KFAC,
     GaussNewton,
+    GradientWindow,
     Identity,
-    LinearOperator,
     Neumann,
     Nystrom,
     Objective,
     solve,
 )
+from woodbury.curvature import LayerMatrix, damping_for_steps
 from woodbury.operators import Diagonal
+from woodbury.solvers import GMRES, BlockCG
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,26 +67,11 @@ def trained(x: torch.Tensor, y: torch.Tensor, epochs: int) -> nn.Module:
     return model.double()
 
 
-def _chosen(E: EKFAC, A: LinearOperator) -> float:
-    """The damping of the preconditioner with the smallest residual on a right-hand side of its own.
-
-    After 40 steps; residuals need no reference.
-    """
-    z = torch.randn(A.shape[1], generator=torch.Generator().manual_seed(1), dtype=A.dtype)
-    residuals = {}
-    for damping in (0.01, 0.03, 0.1, 0.3, 1.0):
-        recipe = CG(rtol=0, max_steps=40, preconditioner=E.damped_inverse(damping))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            residuals[damping] = float(solve(A, A @ z, recipe, throw=False).residual)
-    return min(residuals, key=residuals.get)
-
-
-def main(small: bool = False, mu: float = 1e-3) -> None:
+def main(small: bool = False, mu: float = 1e-3, epochs: int = 10) -> None:
     torch.set_num_threads(2)
     train, budgets = (200, (2, 5)) if small else (2000, (5, 10, 20, 40, 80))
     x, y, x_test, y_test = rows(train, 2)
-    model = trained(x, y, 2 if small else 10)
+    model = trained(x, y, 2 if small else epochs)
     x, x_test = x.double(), x_test.double()
     objective = Objective(model, "cross_entropy", (x, y))
     n = objective.space.dim
@@ -98,17 +86,17 @@ def main(small: bool = False, mu: float = 1e-3) -> None:
     K, E = KFAC(objective, "exact"), EKFAC(objective, "exact")
     fit = (time.perf_counter() - start) / gradient
     inverses = {"K-FAC": K.damped_inverse(mu), "EK-FAC": E.damped_inverse(mu)}
-    means = E.mean_eigenvalues()
-    more = {name: mu + mean for name, mean in means.items()}
-    inverses["EK-FAC, mu + layer's mean"] = E.damped_inverse(more)
-    chosen = _chosen(E, A)
-    inverses[f"EK-FAC, {chosen:g} (chosen)"] = E.damped_inverse(chosen)
+    inverses["EK-FAC, default damping"] = E.damped_inverse()
+    window = train // 10
+    draw = torch.Generator().manual_seed(0)
+    F = GradientWindow.from_objective(objective, mu, size=window, rows="sampled", generator=draw)
+    inverses[f"M-FAC, {window} drawn gradients"] = F.inverse()
     exact = solve(A, B, CG(rtol=1e-12, preconditioner=inverses["EK-FAC"]))
-    plain = solve(A, B, CG(rtol=1e-9 if small else 1e-11, max_steps=5000))
+    plain = solve(A, B, CG(rtol=1e-9 if small else 1e-11, max_steps=20000))
     truth = plain.value if small else exact.value
     gap = float((plain.value - exact.value).norm() / truth.norm())
     print(
-        f"{n:,} parameters, {train:,} rows, mu = {mu:g}; reference: residual "
+        f"{n:,} parameters, {train:,} rows, {epochs} epochs, mu = {mu:g}; reference: residual "
         f"{float(torch.as_tensor(exact.residual).max()):.1e}; without preconditioner {plain.steps} "
         f"steps to the same point up to {gap:.1e}, with EK-FAC {exact.steps}"
     )
@@ -121,9 +109,28 @@ def main(small: bool = False, mu: float = 1e-3) -> None:
         "CG, Nystrom of half the products": lambda k: CG(
             rtol=0, max_steps=k - k // 2, preconditioner=Nystrom(rank=max(1, k // 2))
         ),
+        "block CG": lambda k: BlockCG(rtol=0, max_steps=k),
+        "GMRES, all directions kept": lambda k: GMRES(rtol=0, max_steps=k, restart=k),
     }
     for name, inverse in inverses.items():
         recipes[f"CG, {name}"] = lambda k, M=inverse: CG(rtol=0, max_steps=k, preconditioner=M)
+
+    def damped(curvature: KFAC, steps: int) -> LayerMatrix:
+        return curvature.damped_inverse(damping_for_steps(mu, steps))
+
+    recipes["CG, K-FAC, for the budget"] = lambda k: CG(
+        rtol=0, max_steps=k, preconditioner=damped(K, k)
+    )
+    last = damped(E, budgets[-1])
+    recipes[f"CG, EK-FAC, for {budgets[-1]}"] = lambda k: CG(
+        rtol=0, max_steps=k, preconditioner=last
+    )
+    recipes["CG, EK-FAC, for the budget"] = lambda k: CG(
+        rtol=0, max_steps=k, preconditioner=damped(E, k)
+    )
+    recipes["block CG, EK-FAC, for the budget"] = lambda k: BlockCG(
+        rtol=0, max_steps=k, preconditioner=damped(E, k)
+    )
     print(f"{'relative error after products':<34}" + "".join(f"{k:>10}" for k in (0, *budgets)))
     for name, inverse in inverses.items():
         error = float(((inverse @ B) - truth).norm() / truth.norm())
@@ -139,5 +146,9 @@ def main(small: bool = False, mu: float = 1e-3) -> None:
 
 
 if __name__ == "__main__":
-    given = float(sys.argv[sys.argv.index("--mu") + 1]) if "--mu" in sys.argv else 1e-3
-    main("--small" in sys.argv, given)
+    words = sys.argv
+    main(
+        "--small" in words,
+        float(words[words.index("--mu") + 1]) if "--mu" in words else 1e-3,
+        int(words[words.index("--epochs") + 1]) if "--epochs" in words else 10,
+    )

@@ -38,5 +38,6 @@ def test_every_recipe_is_in_the_table_of_damped_solves(pack, printed):
     number = r"\d\.\de[-+]\d\d"
     for name in ("K-FAC alone", "EK-FAC alone"):
         assert re.search(rf"^{name} +{number}$", out, re.M)
-    for name in ("Neumann", "CG", "CG, diagonal", "CG, K-FAC", "CG, EK-FAC"):
+    names = ("Neumann", "CG", "CG, diagonal", "block CG", "CG, K-FAC", "CG, EK-FAC")
+    for name in (*names, "CG, EK-FAC, for the budget", "block CG, EK-FAC, for the budget"):
         assert re.search(rf"^{name} +{number} +{number}$", out, re.M)

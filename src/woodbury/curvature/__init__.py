@@ -24,7 +24,12 @@ Where to find what:
 
 from woodbury.curvature.capture import FactoredBatch, FactoredGradients
 from woodbury.curvature.coverage import Coverage, CoverageRow
-from woodbury.curvature.damping import DampingChoice, RelativeDamping, choose_damping
+from woodbury.curvature.damping import (
+    DampingChoice,
+    RelativeDamping,
+    choose_damping,
+    damping_for_steps,
+)
 from woodbury.curvature.diagonals import block_curvature, diagonal_curvature
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
@@ -65,5 +70,6 @@ __all__ = [
     "WindowRecursion",
     "block_curvature",
     "choose_damping",
+    "damping_for_steps",
     "diagonal_curvature",
 ]

@@ -22,6 +22,7 @@ __all__ = [
     "DampingChoice",
     "RelativeDamping",
     "choose_damping",
+    "damping_for_steps",
     "damping_of",
 ]
 
@@ -172,3 +173,61 @@ def choose_damping(
         residuals[float(factor)] = float(residual.mean())
     best = min(residuals, key=residuals.__getitem__)
     return DampingChoice(RelativeDamping(best), residuals)
+
+
+def damping_for_steps(shift: float, steps: int, *, accuracy: float = 0.01) -> float:
+    r"""The damping of a preconditioner that is to be good after so many conjugate gradient steps.
+
+    For $A = G + \mu I$ and the preconditioner $(K + \lambda I)^{-1}$ with $K \approx G$ it is
+
+    $$ \lambda = \mu \max\Bigl(1, \bigl(2k / \ln(2/\epsilon)\bigr)^2\Bigr), $$
+
+    about $\mu k^2 / 7$. Chebyshev's bound promises conjugate gradients an error of
+    $2 \exp(-2k\sqrt{\mu/\lambda})$ after $k$ steps on a spectrum from $\mu$ to $\lambda$; this
+    is the $\lambda$ for which that is $\epsilon$. What lies below it needs no preconditioner, and
+    gets none: there $K$, whose small eigenvalues are spread over more directions than those of $G$,
+    would do harm. What lies above is left to $K$. Few steps lean on $K$ with all it has
+    ($\lambda = \mu$), many hardly at all ($\lambda \to \infty$: no preconditioner).
+
+    Args:
+        shift: $\mu > 0$: what ``A`` has beside the curvature, an objective's ``l2`` included.
+        steps: $k \ge 0$, the steps that are meant: the ``max_steps`` of the solve where they end
+            it, otherwise the number that is expected.
+        accuracy: $\epsilon$, between 0 and 1. Of little weight: half or twice the damping
+            changes little.
+
+    Returns:
+        $\lambda$, in the unit of ``shift``, for :meth:`KFAC.damped_inverse`.
+
+    Raises:
+        ArgumentError: an argument is out of its range, NaN or infinite.
+
+    Cost: none: no products, no right-hand side.
+
+    Source: Chebyshev's bound as in Saad, "Iterative methods for sparse linear systems" (2003),
+    equation 6.128; that it should choose the damping of a preconditioner is ours.
+
+    Example:
+        >>> import torch
+        >>> from woodbury import CG, EKFAC, GaussNewton, Objective, solve
+        >>> from woodbury.curvature import damping_for_steps
+        >>> from woodbury.operators import Identity
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(64, 5), torch.randint(3, (64,))
+        >>> objective = Objective(torch.nn.Linear(5, 3), "cross_entropy", (x, y))
+        >>> A = GaussNewton(objective) + 1e-3 * Identity(18)
+        >>> M = EKFAC(objective, "exact").damped_inverse(damping_for_steps(1e-3, 10))
+        >>> recipe = CG(rtol=0, max_steps=10, preconditioner=M)
+        >>> bool(solve(A, torch.ones(18), recipe, throw=False).residual < 0.01)
+        True
+    """
+    if not 0 < shift < math.inf:
+        raise ArgumentError(
+            f"shift is {shift}; it must be a positive number. Without a shift there is no spectrum "
+            "to leave to conjugate gradients: add one to the matrix, or give the damping itself"
+        )
+    if not 0 <= steps < math.inf:
+        raise ArgumentError(f"steps is {steps}; it must be a number >= 0")
+    if not 0 < accuracy < 1:
+        raise ArgumentError(f"accuracy is {accuracy}; it must be between 0 and 1")
+    return shift * max(1.0, (2 * steps / math.log(2 / accuracy)) ** 2)
