@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.apps.attribute.small_models import character_tokenizer, tiny
+from tokenizers import processors
 
 from woodbury import Influence, Objective
 from woodbury.apps.attribute.network import Network
@@ -46,6 +47,21 @@ def test_only_the_completion_of_a_prompt_is_predicted():
         logits = net.model(input_ids=ids[None]).logits[0]
     expected = F.cross_entropy(logits[5:-1], ids[6:])
     torch.testing.assert_close(objective(net, row).per_example_losses()[0], expected)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>"])
+def test_a_prompt_has_the_special_tokens_of_any_text(template):
+    net = network("causal")
+    special = [("<s>", 1), ("</s>", 2)]
+    net.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=special
+    )
+    with_prompt = encode([Record(1, "To be ", "or not")], net)
+    plain = encode([Record(1, "", "To be or not")], net)
+    assert torch.equal(with_prompt.ids[0], plain.ids[0])
+    first = 6 + template.startswith("<s>")  # of the completion
+    assert bool((with_prompt.labels[0][: first - 1] == IGNORED).all())
+    assert torch.equal(with_prompt.labels[0][first - 1 :], plain.labels[0][first - 1 :])
 
 
 def test_the_loss_of_a_class_by_number_and_by_name():

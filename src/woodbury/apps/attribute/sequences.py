@@ -137,13 +137,14 @@ def encode(
 
 
 def _tokens(record: Record, network: Network) -> tuple[Tensor, int]:
-    """Tokens of a row, and the place of the first that is predicted."""
+    """Tokens of a row, and the place of the first that is predicted.
+
+    Special tokens (a first or last one) are those of any other text.
+    """
     tokenizer = network.tokenizer
-    if not record.prompt:
-        return torch.tensor(tokenizer(record.text)["input_ids"], dtype=torch.long), 0
-    prompt = tokenizer(record.prompt, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(record.prompt + record.text, add_special_tokens=False)["input_ids"]
-    # A token over the seam belongs to the completion, where the model has to predict it.
+    whole = tokenizer(record.prompt + record.text)["input_ids"]
+    prompt = tokenizer(record.prompt)["input_ids"] if record.prompt else []
+    # A token over the seam, or where the prompt alone would end, belongs to the completion.
     shared = 0
     while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
         shared += 1
