@@ -3,15 +3,23 @@
     python benchmarks/_dattri_scores.py FOLDER METHOD MODELS
 
 reads FOLDER/given.safetensors (rows, labels, parameter vectors, sizes of the layers, damping) and
-writes FOLDER/METHOD-MODELS.safetensors: scores [queries, rows], positive ones lowering the loss.
-METHOD is trak, grad_dot, grad_cos, tracin, cg (10 steps, its default) or ekfac.
+writes FOLDER/METHOD-model000.safetensors and so on, one file for each of the first MODELS models
+that has none yet: scores [queries, rows], positive ones lowering the loss, and seconds. METHOD is
+trak, grad_dot, grad_cos, cg (10 steps, its default) or ekfac. What dattri makes of several models
+is the mean of the scores of each (TracIn with the same weight for all: of grad_dot). TRAK averages
+its two factors apart: its files hold the first as scores and the second, 1 - p, as doubt [rows].
 """
 
 import itertools
+import os
 import sys
 import time
 
 import torch
+from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFAC
+from dattri.algorithm.tracin import TracInAttributor
+from dattri.algorithm.trak import TRAKAttributor
+from dattri.task import AttributionTask
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,20 +34,25 @@ def build(sizes):
 
 
 def main():
-    from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFAC
-    from dattri.algorithm.tracin import TracInAttributor
-    from dattri.algorithm.trak import TRAKAttributor
-    from dattri.task import AttributionTask
-
     given = load_file(f"{FOLDER}/given.safetensors")
+    for number, vector in enumerate(given["models"][:MODELS]):
+        path = f"{FOLDER}/{METHOD}-model{number:03d}.safetensors"
+        if not os.path.exists(path):
+            start = time.perf_counter()
+            found = scores(given, vector, number)
+            found["scores"] = found["scores"].T.contiguous()
+            found["seconds"] = torch.tensor(time.perf_counter() - start)
+            save_file(found, path + ".tmp")
+            os.replace(path + ".tmp", path)
+
+
+def scores(given, vector, number):
     model = build(given["sizes"].tolist())
-    checkpoints = []
-    for vector in given["models"][:MODELS]:
-        nn.utils.vector_to_parameters(vector.clone(), model.parameters())
-        checkpoints.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+    nn.utils.vector_to_parameters(vector.clone(), model.parameters())
+    checkpoint = {name: p.detach().clone() for name, p in model.state_dict().items()}
     loaders = [
         torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(given[f"x_{part}"], given[f"y_{part}"]), batch_size=500
+            torch.utils.data.TensorDataset(given[f"x_{part}"], given[f"y_{part}"]), batch_size=1000
         )
         for part in ("train", "test")
     ]
@@ -61,43 +74,40 @@ def main():
         logp = -loss(params, pair)
         return logp - torch.log(1 - torch.exp(logp))
 
-    start = time.perf_counter()
+    def task(function):
+        return AttributionTask(model=model, loss_func=function, checkpoints=[checkpoint])
+
     if METHOD == "trak":
-        task = AttributionTask(model=model, loss_func=margin, checkpoints=checkpoints)
         attributor = TRAKAttributor(
-            task=task,
+            task=task(margin),
             correct_probability_func=lambda params, pair: torch.exp(-loss(params, pair)),
             device="cpu",
-            projector_kwargs={"proj_dim": 512, "device": "cpu"},
+            # The seed that dattri gives to the projection of this model among several.
+            projector_kwargs={"proj_dim": 512, "device": "cpu", "proj_seed": 100_000 * number},
         )
         attributor.cache(loaders[0])
+        doubt = attributor.Q
+        attributor.Q = torch.ones_like(doubt)
         with torch.no_grad():
-            scores = attributor.attribute(loaders[1])
-    elif METHOD in ("cg", "ekfac"):
-        task = AttributionTask(model=model, loss_func=mean_loss, checkpoints=checkpoints)
-        if METHOD == "cg":
-            attributor = IFAttributorCG(task=task, regularization=damping, device="cpu")
-            attributor.cache(whole)
-        else:
-            attributor = IFAttributorEKFAC(task=task, damping=damping, device="cpu")
-            attributor.cache(loaders[0])
+            return {"scores": attributor.attribute(loaders[1]), "doubt": doubt}
+    if METHOD == "cg":
+        attributor = IFAttributorCG(task=task(mean_loss), regularization=damping, device="cpu")
+        attributor.cache(whole)
         with torch.no_grad():
-            scores = attributor.attribute(whole, loaders[1])
-    else:
-        task = AttributionTask(model=model, loss_func=loss, checkpoints=checkpoints)
-        attributor = TracInAttributor(
-            task=task,
-            weight_list=torch.ones(MODELS) * 1e-3,
-            normalized_grad=METHOD == "grad_cos",
-            device="cpu",
-        )
+            return {"scores": attributor.attribute(whole, loaders[1])}
+    if METHOD == "ekfac":
+        attributor = IFAttributorEKFAC(task=task(mean_loss), damping=damping, device="cpu")
+        attributor.cache(loaders[0])
         with torch.no_grad():
-            scores = attributor.attribute(loaders[0], loaders[1])
-    seconds = torch.tensor(time.perf_counter() - start)
-    save_file(
-        {"scores": scores.T.contiguous(), "seconds": seconds},
-        f"{FOLDER}/{METHOD}-{MODELS}.safetensors",
+            return {"scores": attributor.attribute(whole, loaders[1])}
+    attributor = TracInAttributor(
+        task=task(loss),
+        weight_list=torch.ones(1) * 1e-3,
+        normalized_grad=METHOD == "grad_cos",
+        device="cpu",
     )
+    with torch.no_grad():
+        return {"scores": attributor.attribute(loaders[0], loaders[1])}
 
 
 main()
