@@ -193,8 +193,7 @@ def damping_for_steps(shift: float, steps: int, *, accuracy: float = 0.01) -> fl
         shift: $\mu > 0$: what ``A`` has beside the curvature, an objective's ``l2`` included.
         steps: $k \ge 0$, the steps that are meant: the ``max_steps`` of the solve where they end
             it, otherwise the number that is expected.
-        accuracy: $\epsilon$, between 0 and 1. Of little weight: half or twice the damping
-            changes little.
+        accuracy: $\epsilon$, between 0 and 1. Of little weight: its logarithm enters.
 
     Returns:
         $\lambda$, in the unit of ``shift``, for :meth:`KFAC.damped_inverse`.
