@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
 import torch
 from tests.bilevel.problems import T0, N
 from torch import Tensor
 
-from woodbury import CG, Cholesky, Dense, Neumann, Nystrom, inverse
+from woodbury import CG, Cholesky, Dense, FunctionOperator, Neumann, Nystrom, inverse
 from woodbury.bilevel import (
     Bilevel,
     FiniteDifference,
@@ -17,7 +20,7 @@ from woodbury.bilevel import (
 )
 from woodbury.errors import ArgumentError, NotPositiveDefiniteError, SolveError
 from woodbury.implicit import Implicit, OneStep, Phantom, Truncated, Unrolled
-from woodbury.solvers import SolveStatus
+from woodbury.solvers import Recipe, SolveStatus
 
 
 @pytest.fixture
@@ -317,18 +320,53 @@ def test_another_recipe_or_size_takes_nothing_from_the_state(t0: T0) -> None:
     assert estimate_hypergradient(small, CG(), state=state).solution is not None
 
 
-def test_the_state_of_a_state_is_restored(t0: T0) -> None:
-    problem, recipe = problem_of(t0), Nystrom(rank=N, damping=1e-3)
+def written(state: dict[str, Any]) -> dict[str, Any]:
+    """What a file gives back that may hold tensors, numbers and words only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    found: dict[str, Any] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refreshes"),
+    [
+        (Nystrom(rank=N, damping=1e-3), 1),
+        (CG(rtol=1e-8, preconditioner=Nystrom(rank=3, damping=0.1)), 0),
+        (Cholesky(), 1),
+    ],
+)
+def test_the_state_of_a_state_is_restored(t0: T0, recipe: Recipe, refreshes: int) -> None:
+    problem = problem_of(t0)
     state, other = HypergradientState(refresh=1.2), HypergradientState(refresh=1.2)
     estimate_hypergradient(problem, recipe, state=state)
-    other.load_state_dict(state.state_dict())
+    other.load_state_dict(written(state.state_dict()))
     for size in (1e-3, 1.0):
         move(problem, size, 5)
         one = estimate_hypergradient(problem, recipe, state=state)
         two = estimate_hypergradient(problem, recipe, state=other)
         assert torch.equal(one.value, two.value)
         assert one.refreshed == two.refreshed
-    assert state.refreshes == other.refreshes == 1
+        assert one.solution is not None
+        assert two.solution is not None
+        assert one.solution.products == two.solution.products
+    assert state.refreshes == other.refreshes == refreshes
+    assert state.reason == other.reason
+
+
+def test_a_state_of_functions_is_prepared_anew(t0: T0) -> None:
+    problem = problem_of(t0)
+    M = FunctionOperator(lambda x: 2.0 * x, (N, N), dtype=torch.float64, tags={"positive_definite"})
+    state, other = HypergradientState(), HypergradientState()
+    recipe = CG(rtol=1e-8, preconditioner=M)
+    first = estimate_hypergradient(problem, recipe, state=state)
+    other.load_state_dict(written(state.state_dict()))
+    again = estimate_hypergradient(problem, recipe, state=other)
+    assert torch.allclose(again.value, first.value, rtol=1e-6)
+    assert again.solution is not None
+    assert again.solution.steps == 0  # from the adjoint that was kept
+    with pytest.raises(ArgumentError, match="a HypergradientState has"):
+        other.load_state_dict({"adjoint": None})
 
 
 def test_what_makes_no_sense_is_refused(t0: T0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from woodbury.errors import ArgumentError
 from woodbury.implicit.modes import Implicit, Mode, Phantom, Steps, Unrolled
 from woodbury.operators import LinearOperator
 from woodbury.solvers import CG, Neumann, Recipe, Solution
+from woodbury.solvers.packing import pack, unpack
 from woodbury.solvers.recipe import State
 from woodbury.solvers.solution import SolveStatus
 from woodbury.solvers.solve import solve_with_policy
@@ -176,6 +178,8 @@ class HypergradientState:
         (2, 0)
     """
 
+    _PLAIN = ("adjoint", "refreshes", "reason", "_residual", "_steps", "_stale")
+
     def __init__(self, *, warm_start: bool | None = None, refresh: float = 2.0) -> None:
         if not refresh > 1:
             raise ArgumentError(f"refresh is {refresh}; it must be above 1")
@@ -213,15 +217,31 @@ class HypergradientState:
         return solution, reason
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs; what the recipe prepared is in it as an object."""
-        names = ("adjoint", "refreshes", "reason", "_prepared", "_residual", "_steps", "_stale")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        """What :meth:`load_state_dict` needs: tensors, numbers and words only.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as if ``state`` had been reached here."""
-        for name, value in state.items():
-            private = name in ("prepared", "residual", "steps", "stale")
-            setattr(self, f"_{name}" if private else name, value)
+        ``torch.load(weights_only=True)`` reads it. What was prepared and holds anything else (a
+        preconditioner of one's own, an incomplete factor) is prepared anew after loading.
+        """
+        found = {name.lstrip("_"): getattr(self, name) for name in self._PLAIN}
+        return {**found, "prepared": None if self._prepared is None else pack(self._prepared)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as if ``state`` had been reached here.
+
+        Raises:
+            ArgumentError: ``state`` is of something else.
+            DataError: what was prepared is not in the form of :meth:`state_dict`.
+        """
+        names = {name.lstrip("_"): name for name in self._PLAIN}
+        if set(state) != {*names, "prepared"}:
+            raise ArgumentError(
+                f"the state holds {sorted(state)}, a HypergradientState has "
+                f"{sorted([*names, 'prepared'])}"
+            )
+        prepared = state["prepared"]
+        self._prepared = None if prepared is None else unpack(prepared)
+        for name, own in names.items():
+            setattr(self, own, state[name])
 
     def _start(self, b: Tensor, recipe: Recipe) -> Tensor | None:
         kept, wanted = self.adjoint, self.warm_start
