@@ -7,9 +7,9 @@ Where to find what:
   pure function, ``criteria`` (with ``losses`` and ``likelihoods``) turns a criterion into losses
   per example with their curvature in the outputs, ``per_example`` takes gradients one by one.
 - One matrix a file: ``jacobian``, ``hessian``, ``gauss_newton``, ``fisher``; ``matrix`` is what
-  they share. ``gradient_window`` (with ``window_recursion`` and ``gradient_buffer``) is a matrix
-  of gradients, which ``gradient_rows`` collects from an objective; ``diagonals`` takes diagonals
-  and diagonal blocks.
+  they share. ``gradient_window`` (with ``window_inverse``, ``window_recursion`` and
+  ``gradient_buffer``) is a matrix of gradients, which ``gradient_rows`` collects from an
+  objective; ``diagonals`` takes diagonals and diagonal blocks.
 - Layer by layer: ``capture`` gives gradients per example as inputs and output gradients of the
   ``layers``, ``backprop`` says of what (at labels from ``draws``), ``single`` takes those of
   parameters without known form one by one, ``probes`` checks that a loss belongs to its example.
@@ -34,7 +34,7 @@ from woodbury.curvature.diagonals import block_curvature, diagonal_curvature
 from woodbury.curvature.fisher import Fisher
 from woodbury.curvature.gauss_newton import GaussNewton
 from woodbury.curvature.gradient_buffer import GradientBuffer
-from woodbury.curvature.gradient_window import GradientWindow, WindowInverse
+from woodbury.curvature.gradient_window import GradientWindow
 from woodbury.curvature.hessian import Hessian
 from woodbury.curvature.jacobian import Jacobian
 from woodbury.curvature.kfac import EKFAC, KFAC
@@ -42,6 +42,7 @@ from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.partitioned_fit import PartitionedFit
+from woodbury.curvature.window_inverse import WindowInverse
 from woodbury.curvature.window_recursion import WindowRecursion
 
 __all__ = [

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from woodbury.curvature.gradient_window import GradientWindow, checked_pairs
+from woodbury.curvature.window_inverse import OfWindow
 from woodbury.errors import ArgumentError
-from woodbury.operators import LinearOperator
-from woodbury.operators.factorization import require_finite
+
+if TYPE_CHECKING:
+    from woodbury.curvature.gradient_window import GradientWindow
 
 __all__ = ["WindowRecursion"]
 
 
-class WindowRecursion(LinearOperator):
-    r"""$F^{-1}$ of a :class:`GradientWindow` by the static algorithm of M-FAC.
+class WindowRecursion(OfWindow):
+    r"""$F^{-1}$ of a :class:`~woodbury.GradientWindow` by the static algorithm of M-FAC.
 
     With $F_0 = \lambda I$ and $F_i = F_{i-1} + \frac1m g_i g_i^T$, in every block,
 
@@ -59,15 +61,7 @@ class WindowRecursion(LinearOperator):
         m = len(window.gradients)
         if not 1 <= pages <= m:
             raise ArgumentError(f"pages is {pages}; {m} gradients make 1 to {m} pages")
-        super().__init__(
-            window.shape,
-            dtype=window.dtype,
-            device=window.device,
-            tags={"positive_definite"},
-            space=window.space,
-        )
-        require_finite(window.gradients, "the window of gradients")
-        self.window = window
+        super().__init__(window)
         self.pages = pages
         worker = window.device if device is None else torch.device(device)
         # [blocks, m, B] and [blocks, m]
@@ -88,22 +82,19 @@ class WindowRecursion(LinearOperator):
         Raises:
             ShapeError: the indices are not two lists of integers of one length within ``0 .. n-1``.
         """
-        rows, columns = checked_pairs(rows, columns, self.shape[0], self.device)
+        return self._read(rows, columns, self._within)
+
+    def _within(self, block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         width = max(self.window.width, 1)
-        block, other = rows // width, columns // width
         left = self.directions[block, :, rows % width]
         right = self.directions[block, :, columns % width]
         taken = (left * right / self.scales[block]).sum(1)
-        values = (rows == columns).to(self.dtype) / self.window.damping - taken
-        return torch.where(block == other, values, torch.zeros_like(values))
+        return (rows == columns).to(self.dtype) / self.window.damping - taken
 
     def _logdet(self) -> Tensor:
         # A rank-one update multiplies the determinant by t_i / m; what pads a block adds nothing.
         grown = (self.scales / self.window.divisor).log().sum()
         return -(grown + self.shape[0] * math.log(self.window.damping))
-
-    def _inverse(self) -> LinearOperator:
-        return self.window
 
 
 def _recursion(window: GradientWindow, pages: int, worker: torch.device) -> tuple[Tensor, Tensor]:
