@@ -46,6 +46,29 @@ def test_it_says_what_it_will_take_and_what_it_found(given, tmp_path):
     }
 
 
+def test_help_says_what_happens_by_default():
+    said = " ".join(run(["attribute", "--help"]).output.replace("│", " ").split())
+    for default in (
+        "what its config says",
+        "a tenth of the mean eigenvalue, for each layer",
+        "(all)",
+        "what the model takes",
+        "[default: ekfac]",
+    ):
+        assert default in said
+
+
+def test_another_matrix_in_the_same_folder_is_refused_before_anything_is_fitted(given):
+    assert run(given).exit_code == 0
+    done = run([*given, "--matrix", "identity"])
+    assert done.exit_code == 2
+    assert "fitting" not in done.stderr
+    said = " ".join(done.stderr.split())
+    assert "matrix was 'ekfac' and is 'identity'" in said
+    assert "--out" in said
+    assert run([*given, "--top", "1"]).exit_code == 0  # another report of the same scores
+
+
 @pytest.mark.parametrize(
     ("word", "value", "said"),
     [

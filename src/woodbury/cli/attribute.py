@@ -41,7 +41,9 @@ def attribute(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="causal|classifier|masked", help="[default: what the model's config says]"
+            metavar="causal|classifier|masked",
+            help="What the model is.",
+            show_default="what its config says",
         ),
     ] = None,
     matrix: Annotated[
@@ -59,25 +61,42 @@ def attribute(
     ] = "linear",
     damping: Annotated[
         float | None,
-        typer.Option(help="[default: a tenth of the mean eigenvalue, for each layer]"),
+        typer.Option(
+            help="Added to the curvature, in its unit.",
+            show_default="a tenth of the mean eigenvalue, for each layer",
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Relative error that faster scores may cost; 0 for exact ones.")
     ] = 0.01,
+    query_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep queries as matrices of this rank for each layer (32 in the paper): for many "
+            "long queries. What it costs is measured and in the report.",
+            show_default="exact",
+        ),
+    ] = None,
     keep: Annotated[
         int | None,
         typer.Option(
-            help="Score only so many rows for each query, the most similar in words. [default: all]"
+            help="Score only so many rows for each query, the most similar in words.",
+            show_default="all",
         ),
     ] = None,
     top: Annotated[int, typer.Option(help="Rows of a list in the report.")] = 10,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a row at most. [default: what the model takes]"),
+        typer.Option(help="Tokens of a row at most.", show_default="what the model takes"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
     budget: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory that may be used, like 4GiB or 500MB.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for scores, gradients and solves, like 4GiB or 500MB; the model and what "
+            "a batch takes in it come on top.",
+        ),
     ] = "4GiB",
     seed: Annotated[int, typer.Option(help="Of sampled labels and masked tokens.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path(
@@ -111,6 +130,7 @@ def attribute(
             layers=layers,
             damping=damping,
             tolerance=tolerance,
+            query_rank=query_rank,
             keep=keep,
             top=top,
             max_length=max_length,

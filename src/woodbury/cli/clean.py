@@ -58,8 +58,8 @@ def clean(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help=f"Folder for the results: new, empty, or of an earlier run, which is replaced. "
-            f"[default: {DEFAULT_FOLDER}/NAME of the table]",
+            help="Folder for the results: new, empty, or of an earlier run, which is replaced.",
+            show_default=f"{DEFAULT_FOLDER}/NAME of the table",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that draws.")] = 0,

@@ -80,7 +80,8 @@ def spectrum(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help=f"Folder for the results. [default: {DEFAULT_FOLDER}/NAME]",
+            help="Folder for the results.",
+            show_default=f"{DEFAULT_FOLDER}/NAME",
         ),
     ] = None,
 ) -> None:

@@ -26,6 +26,7 @@ from woodbury.apps.settings import check_seed, parse_bytes
 from woodbury.curvature import EKFAC, KFAC, Objective
 from woodbury.errors import DataError
 from woodbury.influence import Influence, Scores, TfIdf
+from woodbury.influence.runs import Run, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,8 @@ _WORDS = {
     "identity": "products of gradients (no curvature)",
     "gauss_newton": "the Gauss-Newton matrix, by conjugate gradients",
 }
+# Passes of a fit over the training rows, and what the user reads meanwhile.
+_FITTING = {"factors": "fitting the curvature", "corrected eigenvalues": "fitting its eigenvalues"}
 _KINDS = {
     "causal": "causal language model",
     "classifier": "sequence classifier",
@@ -49,7 +52,7 @@ _KINDS = {
 
 @dataclass(frozen=True, eq=False)
 class AttributeResult:
-    """What a run found.
+    r"""What a run found.
 
     Attributes:
         scores: of every query (rows) and scored training row (columns); negative scores lower the
@@ -60,9 +63,35 @@ class AttributeResult:
         folder: where the files are; ``None`` where nothing was written.
 
     Example:
-        >>> from woodbury.apps.attribute import AttributeResult
-        >>> AttributeResult.__name__
-        'AttributeResult'
+        A GPT-2 with random weights that reads digits, and a query that is its second row:
+
+        >>> import json, pathlib, tempfile
+        >>> import tokenizers, torch, transformers
+        >>> from woodbury.apps.attribute import attribute
+        >>> inner = tokenizers.Tokenizer(
+        ...     tokenizers.models.WordLevel({str(k): k for k in range(10)}, unk_token="0")
+        ... )
+        >>> inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        >>> config = transformers.GPT2Config(vocab_size=10, bos_token_id=0, eos_token_id=0, **sizes)
+        >>> rows = ["1 2 3 4 5", "2 4 6 8", "9 8 7 6 5", "1 1 2 3 5 8"]
+        >>> transformers.utils.logging.disable_progress_bar()
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = pathlib.Path(place)
+        ...     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "model")
+        ...     _ = tokenizer.save_pretrained(folder / "model")
+        ...     for name, lines in (("train", rows), ("query", rows[1:2])):
+        ...         text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+        ...         _ = (folder / f"{name}.jsonl").write_text(text)
+        ...     result = attribute(folder / "model", folder / "train.jsonl", folder / "query.jsonl")
+        >>> result.scores.values.shape
+        torch.Size([1, 4])
+        >>> int(result.table["line"].iloc[0])  # the row that speaks most for it
+        2
+        >>> result.summary["kind"], result.folder is None
+        ('causal language model', True)
     """
 
     scores: Scores
@@ -83,6 +112,7 @@ def attribute(
     layers: str = "linear",
     damping: float | None = None,
     tolerance: float = 0.01,
+    query_rank: int | None = None,
     keep: int | None = None,
     top: int = 10,
     max_length: int | None = None,
@@ -111,15 +141,20 @@ def attribute(
         damping: absolute; by default 0.1 of the mean eigenvalue, for K-FAC and EK-FAC of each
             layer.
         tolerance: relative error that a faster form of the scores may cost; 0 for exact ones.
+        query_rank: keep what is solved for a query as a matrix of this rank for each layer, as the
+            paper does with 32, where exact ones take more memory: many long queries then take one
+            pass. What it costs is measured and in the report. K-FAC and EK-FAC only.
         keep: score only this many training rows for each query, those that share the rarest tokens
             with it (TF-IDF); all by default.
         top: rows of a list in the report.
         max_length: tokens of a row at most; longer rows lose their end.
         batch_size: rows of a batch.
-        budget: memory for scores, gradients and solves.
+        budget: memory for scores, gradients and solves, beside the model and what it needs for a
+            batch of ``batch_size`` rows.
         seed: of sampled labels and masks.
         out: folder for ``scores.parquet``, ``summary.json`` and ``attribution.html``; a run that
-            was killed goes on there. Nothing is written if not given.
+            was killed goes on there, and one of another model, other data or other settings is
+            refused before work starts. Nothing is written if not given.
         say: called with what is known before the work starts: what it will take.
         progress: whether to show it.
 
@@ -130,8 +165,11 @@ def attribute(
         DataError: something about the input is wrong; the message says what to do.
         BudgetError: the budget is too small.
 
-    Cost: EK-FAC takes two passes over the training rows, scores one more; for each query the rows
-    in its lists are passed once more for their tokens.
+    Cost: EK-FAC takes two passes over the training rows, scores one more; the rows in the lists of
+    the report are passed once more for their tokens, all queries together as far as the budget
+    holds their solutions. For a layer ``[p, m]`` each token takes, beside the forward and the
+    backward pass, ``p^2 + m^2`` multiplications in either pass of the fit (and ``p m`` in the
+    second), and ``p m`` in the scores.
 
     Example:
         >>> from woodbury.apps.attribute import attribute
@@ -141,7 +179,7 @@ def attribute(
         woodbury.errors.DataError: There is no folder no-model. ...
     """
     started = time.perf_counter()
-    _check(matrix, layers, damping, tolerance, keep, top, seed)
+    _check(matrix, layers, damping, tolerance, query_rank, keep, top, seed)
     memory = parse_bytes(budget)
     with Display(quiet=not progress) as display:
         display("reading", 0.0)
@@ -153,23 +191,25 @@ def attribute(
         sequences = encode(rows, network, file=Path(train).name, **options)
         queries = encode(asked, network, file=Path(query).name, **options)
         folder = None if out is None else writable_folder(Path(out))
-        work = None if folder is None else folder / "work"
         chosen = _similar(sequences, queries, keep)
         params = choose_layers(network.model, layers)
-        objective = Objective(network.model, "cross_entropy", sequences, params=params)
-        influence = Influence(
-            objective,
-            matrix=_matrix(matrix, seed, work),
-            damping=damping,
-            tolerance=tolerance,
-            memory=memory,
-            progress=display,
+        objective = Objective(
+            network.model, "cross_entropy", sequences, params=params, progress=_fitting(display)
         )
+        work = None
+        if folder is not None:
+            found: dict[str, Any] = {"matrix": matrix, "layers": layers, "damping": damping}
+            found |= {"tolerance": tolerance, "query_rank": query_rank, "keep": keep, **options}
+            work = _work(folder, found, objective, queries)
+        settings: dict[str, Any] = {"damping": damping, "tolerance": tolerance, "memory": memory}
         if say is not None:
-            say(_forecast(influence, objective, sequences, queries, chosen, matrix))
+            plain = Influence(objective, matrix=matrix, **settings)  # type: ignore[arg-type]
+            say(_forecast(plain, sequences, queries, chosen, query_rank))
+        fitted = _matrix(matrix, seed, work, memory // 4)
+        influence = Influence(objective, matrix=fitted, progress=display, **settings)
         display("fitting the curvature", 0.0)
         stored = None if work is None else work / "scores"
-        scores = influence.scores(queries, rows=chosen, folder=stored)
+        scores = influence.scores(queries, rows=chosen, query_rank=query_rank, folder=stored)
         losses = objective.with_data(queries).per_example_losses().tolist()
         display("tokens", 0.0)
         pages = query_pages(
@@ -191,6 +231,8 @@ def attribute(
             "layers": layers,
             "matrix": _WORDS[matrix],
             "damping": scores.settings["damping"],
+            "damping_chosen": damping is None,
+            "query_rank": query_rank,
             "query_losses": losses,
             "certificate": scores.certificate(),
             "notes": _notes(network, sequences, queries, keep),
@@ -214,6 +256,7 @@ def _check(
     layers: str,
     damping: float | None,
     tolerance: float,
+    query_rank: int | None,
     keep: int | None,
     top: int,
     seed: int,
@@ -226,9 +269,11 @@ def _check(
         raise DataError(f"--damping must be 0 or more, not {damping}.")
     if not 0 <= tolerance < 1:
         raise DataError(f"--tolerance must be at least 0 and below 1, not {tolerance}.")
-    for name, value in (("keep", keep), ("top", top)):
+    for name, value in (("query-rank", query_rank), ("keep", keep), ("top", top)):
         if value is not None and value < 1:
             raise DataError(f"--{name} must be at least 1, not {value}.")
+    if query_rank is not None and matrix not in ("ekfac", "kfac"):
+        raise DataError(f"--query-rank is for --matrix ekfac and kfac, not {matrix}.")
     check_seed(seed)
 
 
@@ -244,49 +289,62 @@ def _similar(sequences: Sequences, queries: Sequences, keep: int | None) -> Tens
     return chosen
 
 
-def _matrix(matrix: str, seed: int, work: Path | None) -> Any:
+def _fitting(display: Display) -> Callable[[str, int, int | None], None]:
+    """Shows how far the passes of a fit have come; other passes have their own progress."""
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        if total and what in _FITTING:
+            display(_FITTING[what], done / total)
+
+    return progress
+
+
+def _work(folder: Path, settings: dict[str, Any], objective: Objective, queries: Sequences) -> Path:
+    """The folder of what is done, where it is of this run.
+
+    Raises:
+        DataError: it is of another model, other data or other settings.
+    """
+    work = folder / "work"
+    for left in (*folder.glob(".*.tmp.*"), *folder.glob("work/**/.*.tmp.*")):  # of a killed run
+        left.unlink(missing_ok=True)
+    words = {"kind": "woodbury attribute", **settings, "model_and_data": fingerprint(objective)}
+    words["queries"] = fingerprint(objective.with_data(queries))
+    try:
+        Run(work, words)
+    except DataError as error:
+        raise DataError(f"{error} (or start anew in another folder with --out).") from None
+    return work
+
+
+def _matrix(matrix: str, seed: int, work: Path | None, cache: int) -> Any:
     """EK-FAC and K-FAC with what they need to go on after a kill."""
     if matrix not in ("ekfac", "kfac"):
         return matrix
     make = EKFAC if matrix == "ekfac" else KFAC
-    checkpoint = None
-    if work is not None:
-        work.mkdir(exist_ok=True)
-        checkpoint = work / f"{matrix}.safetensors"
+    checkpoint = None if work is None else work / f"{matrix}.safetensors"
 
     def fit(objective: Objective) -> KFAC:
         generator = torch.Generator().manual_seed(seed)
-        return make(objective, generator=generator, checkpoint=checkpoint)
+        return make(objective, generator=generator, checkpoint=checkpoint, cache=cache)
 
     return fit
 
 
 def _forecast(
     influence: Influence,
-    objective: Objective,
     sequences: Sequences,
     queries: Sequences,
     chosen: Tensor | None,
-    matrix: str,
+    query_rank: int | None,
 ) -> str:
-    """What the run will take, in words, from the gradients of one batch."""
-    started = time.perf_counter()
-    few = objective.with_data(sequences.take(range(min(sequences.batch_size, len(sequences.ids)))))
-    few.gradient()
-    batch = time.perf_counter() - started
-    passes = {"ekfac": 3, "kfac": 2, "gauss_newton": 1, "diagonal": 2, "identity": 1}[matrix]
+    """What the run will take, in words; an :class:`Influence` that fits nothing says it."""
     rows = len(sequences.ids) if chosen is None else len(chosen)
-    numbers = rows * len(queries.ids)
-    text = (
+    forecast = influence.forecast(queries, rows=chosen, query_rank=query_rank)
+    return (
         f"{len(queries.ids):,} queries x {rows:,} training rows ({sequences.tokens:,} tokens), "
-        f"{objective.space.dim:,} parameters: {passes} passes over the training rows of about "
-        f"{batch * len(sequences):.0f} s each"
+        f"{influence.objective.space.dim:,} parameters: {forecast}"
     )
-    if matrix == "gauss_newton":
-        text += ", and for every query a solve of up to hundreds of passes"
-    vector = objective.space.dim * 4
-    factors = 4 * vector if matrix in ("ekfac", "kfac") else vector
-    return f"{text}; about {(factors + 4 * numbers) / 2**20:,.0f} MiB for curvature and scores."
 
 
 def _table(scores: Scores, rows: list[Record], asked: list[Record]) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from woodbury.influence.scores import Side
 
 __all__ = ["certificate_lines", "query_pages"]
 
+_BYTES = 4  # of a character, at most
 Lists = dict[Side, list[tuple[int, float]]]
 
 
@@ -111,23 +112,22 @@ def _label(record: Record) -> str:
 
 def token_texts(network: Network, ids: Tensor) -> list[str]:
     """Tokens as text that joins to the sequence, also where characters go over several tokens."""
-    tokenizer = network.tokenizer
-    texts, before = [], ""
+    texts: list[str] = []
+    start = read = 0  # what is read from start on is in front of the tokens that come next
     for stop in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:stop].tolist(), clean_up_tokenization_spaces=False)
+        before, whole = _text(network, ids[start:read]), _text(network, ids[start:stop])
         # Half a character decodes to a replacement sign: it is shown with its other half.
-        if whole.endswith("\ufffd") and stop < len(ids):
+        if whole.endswith("\ufffd") and stop < len(ids) and stop - read < _BYTES:
             texts.append("")
             continue
-        texts.append(
-            whole[len(before) :] if whole.startswith(before) else _alone(tokenizer, ids, stop)
-        )
-        before = whole
+        known = whole.startswith(before)
+        texts.append(whole[len(before) :] if known else _text(network, ids[read:stop]))
+        start, read = read, stop
     return texts
 
 
-def _alone(tokenizer: Any, ids: Tensor, stop: int) -> str:
-    return tokenizer.decode(ids[stop - 1 : stop].tolist(), clean_up_tokenization_spaces=False)
+def _text(network: Network, ids: Tensor) -> str:
+    return network.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
 
 def _asked(network: Network, queries: Sequences, q: int) -> list[ShownToken]:
@@ -158,16 +158,18 @@ def certificate_lines(influence: Influence, summary: dict[str, Any]) -> list[tup
             f"(--layers {summary['layers']}); what the others learned from a row is not in its "
             "score",
         ),
-        ("damping", _damping(summary["damping"])),
+        ("damping", _damping(summary["damping"], summary["damping_chosen"])),
     ]
     base = influence.system.matrix
     if isinstance(base, KFAC):
         shares = ", ".join(f"{form} {share:.0%}" for form, share in base.coverage().shares.items())
         lines.append(("represented as", shares))
+    rank = summary["query_rank"]
+    what = "the faster form" if rank is None else f"queries kept with rank {rank} for each layer"
     if "truncation_error_at_most" in found:
         lines.append(
             (
-                "error of the faster form",
+                f"error of {what}",
                 f"{found['truncation_error_at_most']:.2g} of all scores together (measured on "
                 "exact ones, upper limit)",
             )
@@ -175,8 +177,8 @@ def certificate_lines(influence: Influence, summary: dict[str, Any]) -> list[tup
     if "error_over_largest_score" in found:
         lines.append(
             (
-                f"error of the solves ({found['error_guarantee']})",
-                f"{found['error_over_largest_score']:.2g} of the largest score",
+                f"error of {'the solves' if rank is None else what} ({found['error_guarantee']})",
+                f"{found['error_over_largest_score']:.2g} of the largest score of a query",
             )
         )
     lines.append(
@@ -191,8 +193,18 @@ def certificate_lines(influence: Influence, summary: dict[str, Any]) -> list[tup
     return lines
 
 
-def _damping(damping: float | dict[str, float]) -> str:
-    if not isinstance(damping, dict):
-        return f"{damping:.4g}"
-    low, high = min(damping.values()), max(damping.values())
-    return f"{low:.3g} to {high:.3g}, one for each of {len(damping)} layers"
+def _damping(damping: float | dict[str, float], chosen: bool) -> str:
+    """How much, and by whom."""
+    if isinstance(damping, dict):
+        low, high = min(damping.values()), max(damping.values())
+        text = f"{low:.3g} to {high:.3g}, one for each of {len(damping)} layers"
+    else:
+        text = f"{damping:.4g}"
+    if not chosen:
+        return f"{text} (--damping)"
+    if not damping:
+        return f"{text} (there is no curvature to damp)"
+    return (
+        f"{text} (a tenth of the mean eigenvalue, the default; more of it brings the scores closer "
+        "to products of gradients)"
+    )

@@ -16,7 +16,9 @@ TEMPLATE = Path(__file__).parent / "templates" / "attribute.html.j2"
 _READING = (
     "Each score says what training on the row once more, with the weight that every row has in the "
     "mean, would do to the loss of the query, to first order. Rows with negative scores lower the "
-    "loss: they speak for the query. Taking a row out would do the opposite of its score.",
+    "loss: they speak for the query. Taking a row out would do the opposite of its score. Scores "
+    "have the unit of the loss: nats, in the mean over the predicted tokens of the query (of a "
+    "classifier: of its class).",
     "The score of a row is the sum of the scores of its places. The colour of a token is the score "
     "of its place: of what the layers learn there, which is mostly to predict the next token. (A "
     "model with attention also learns at a place what later places need.) Colours are scaled for "

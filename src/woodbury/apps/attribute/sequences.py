@@ -161,6 +161,12 @@ def _labelled(
             raise DataError(
                 f"{where} has {len(row)} tokens and none to predict: a causal model predicts every "
                 "token after the first, of a row with a prompt those of the completion."
+                + (
+                    f" Its prompt fills all that is taken ({len(row)} tokens, see --max-length); "
+                    "shorten the prompt or take the row out."
+                    if 0 < len(row) <= start
+                    else ""
+                )
             )
         labels = torch.full_like(row, IGNORED)
         first = max(start, 1)
