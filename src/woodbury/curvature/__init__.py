@@ -14,9 +14,9 @@ Where to find what:
   ``layers``, ``backprop`` says of what (at labels from ``draws``), ``single`` takes those of
   parameters without known form one by one, ``probes`` checks that a loss belongs to its example.
   ``kfac`` is made of them: a ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of
-  ``factors``, kept by ``layer_store``; ``partitioned_fit`` merges them from files; ``damping`` and
-  ``coverage`` say what was added and what is represented how, and ``promotion`` takes half
-  precision to float32.
+  ``factors`` (``products`` of whichever library is faster) over ``two_passes``, kept by
+  ``layer_store``; ``partitioned_fit`` merges them from files; ``damping`` and ``coverage`` say what
+  was added and what is represented how, and ``promotion`` takes half precision to float32.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
