@@ -175,6 +175,119 @@ def test_the_bound_covers_any_draw(
     assert bool((gap <= found.error() + 1e-12 * truth.abs().max()).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_parts_of_layers_and_their_bounds(kind: str, dtype: Any, tmp_path: Path) -> None:
+    model, train = problem(kind, 24, 1)
+    _, queries = problem(kind, 5, 2)
+    objective = Objective(model, "cross_entropy", cut(train, 7))
+    exact = Influence(objective, matrix="ekfac", tolerance=0.0).scores(queries, modules=True)
+    for name, projection in (("part", EigenProjection(2, 3, vector=3)), ("full", FULL)):
+        store = GradientStore(objective, tmp_path / name, projection, dtype=dtype)
+        found = store.scores(queries, modules=True)
+        assert found.modules is not None
+        assert exact.modules is not None
+        assert found.module_names == tuple(store.projections)
+        assert sorted(found.module_names) == sorted(exact.module_names)
+        torch.testing.assert_close(found.modules.sum(0), found.values)
+        torch.testing.assert_close(found.values, store.scores(queries).values)
+        assert store.scores(queries).modules is None
+        left, right, count = found.solve_error, found.gradient_norms, len(found.module_names)
+        assert left is not None
+        assert right is not None
+        for number, layer in enumerate(found.module_names):
+            true = exact.modules[exact.module_names.index(layer)]
+            columns = [number, count + number]
+            bound = left[:, columns] @ right[:, columns].T
+            assert bool(((found.modules[number] - true).abs() <= bound + 1e-12).all())
+            if (name, dtype) == ("full", "float64"):
+                torch.testing.assert_close(found.modules[number], true, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int8"])
+def test_self_influence_misses_nothing_but_rounding(kind: str, dtype: Any, tmp_path: Path) -> None:
+    model, train = problem(kind, 24, 1)
+    objective = Objective(model, "cross_entropy", cut(train, 7))
+    exact = Influence(objective, matrix="ekfac").self_influence()
+    store = GradientStore(objective, tmp_path, EigenProjection(2, 3, vector=3), dtype=dtype)
+    found = store.self_influence(modules=True)
+    difference = (found.values - exact.values).abs().double()
+    assert found.proven
+    assert bool((difference <= found.error + 1e-12).all())
+    rounding = {"float64": 1e-6, "float16": 1e-2, "int8": 0.1}[dtype]
+    assert bool((found.error <= rounding * exact.values.abs()).all())
+    if dtype != "float64":
+        assert difference.max() > 1e-5 * exact.values.abs().max()  # something was rounded
+    assert found.modules is not None
+    assert found.module_names == tuple(store.projections)
+    torch.testing.assert_close(found.modules.sum(0), found.values)
+    assert store.self_influence().modules is None
+    assert found.certificate()["error_guarantee"] == "bound"
+    # Part by part, against the rows themselves.
+    whole = GradientStore(objective, tmp_path / "whole", FULL, dtype="float64")
+    for chunk in whole.chunks():
+        squares = [piece.square().sum(1) for piece in chunk.values.split(whole.sizes, 1)]
+        parts = -torch.stack(squares) / 24
+        torch.testing.assert_close(found.modules[:, chunk.places], parts, rtol=rounding, atol=1e-9)
+
+
+def test_self_influence_of_random_projections(tmp_path: Path) -> None:
+    model, train = problem("rows", 24, 1)
+    objective = Objective(model, "cross_entropy", cut(train, 7), l2=0.01)
+    store = GradientStore(
+        objective, tmp_path, RandomProjection(3, 3), dtype="float64", damping=0.05
+    )
+    found, pairs = store.self_influence(modules=True), store.scores(modules=True)
+    assert not found.proven
+    torch.testing.assert_close(found.values, pairs.values.diagonal())
+    assert found.modules is not None
+    assert pairs.modules is not None
+    torch.testing.assert_close(found.modules, pairs.modules.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(found.error, pairs.error().diagonal())
+    assert bool((found.error > 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int8"])
+@pytest.mark.parametrize("projection", [EigenProjection(3, 4, vector=5), RandomProjection(2, 3)])
+def test_the_forecast_is_what_the_disk_gets(
+    kind: str, dtype: Any, projection: Any, tmp_path: Path
+) -> None:
+    model, train = problem(kind, 400, 1)
+    objective = Objective(model, "cross_entropy", cut(train, 40))
+    store = GradientStore(objective, tmp_path, projection, dtype=dtype, shard=2**14)
+    forecast = store.forecast()
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"run.json"}  # nothing is fitted or written
+    store.write()
+    files = [path for path in tmp_path.iterdir() if path.name not in written]
+    disk = sum(path.stat().st_size for path in files)
+    assert 0.8 * forecast.disk <= disk <= forecast.disk + 4096
+    assert forecast.numbers == store.width
+    assert forecast.passes == (3 if isinstance(projection, EigenProjection) else 1)
+    assert forecast.seconds > 0
+    assert forecast.memory > 0
+    assert "on disk" in str(forecast)
+    again = store.forecast()
+    assert (again.disk, again.passes, again.seconds) == (0, 0, 0.0)
+
+
+def test_the_forecast_of_what_is_left(tmp_path: Path) -> None:
+    model, train = problem("rows", 60, 1)
+    objective = Objective(model, "cross_entropy", cut(train, 10))
+    matrix = EKFAC(objective)
+    store = GradientStore(objective, tmp_path, EigenProjection(3, 3), matrix=matrix, shard=1)
+    whole = store.forecast()
+    assert whole.passes == 1  # the matrix is there
+    store.write()
+    for number in (4, 5):
+        (tmp_path / f"rows-{number:05d}.safetensors").unlink()
+    part = store.forecast()
+    assert 0 < part.disk < whole.disk / 2
+    assert part.passes == 1
+
+
 def dense(objective: Objective, data: Any) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for batch in FactoredGradients(objective.with_data(data)):

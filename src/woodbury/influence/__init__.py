@@ -18,6 +18,7 @@ from woodbury.influence.projection import EigenProjection, RandomProjection
 from woodbury.influence.scores import Scores, Top
 from woodbury.influence.self_influence import SelfInfluence
 from woodbury.influence.store import GradientStore
+from woodbury.influence.store_forecast import StoreForecast
 from woodbury.influence.tfidf import TfIdf
 from woodbury.influence.tokens import TokenScores, token_scores
 
@@ -31,6 +32,7 @@ __all__ = [
     "RandomProjection",
     "Scores",
     "SelfInfluence",
+    "StoreForecast",
     "TfIdf",
     "TokenScores",
     "Top",

@@ -18,6 +18,7 @@ __all__ = [
     "Forecast",
     "Plan",
     "gradient_seconds",
+    "layered_cost",
     "layered_forecast",
     "make_plan",
     "query_bytes",
@@ -166,7 +167,7 @@ def layered_forecast(
         fits: passes that fit the matrix.
         rank: of the gradients of the queries.
     """
-    seconds, factors = _layered_cost(objective)
+    seconds, factors = layered_cost(objective)
     blocks = next(iter(FactoredGradients(asked).passes("forecast"))).blocks
     memory = plan.scores + factors + query_bytes(blocks, asked.num_examples, rank)
     disk, seconds = 2 * plan.scores + rows * 8, seconds * max(objective.num_examples, rows)
@@ -198,7 +199,7 @@ def query_bytes(
     return queries * numbers * itemsize
 
 
-def _layered_cost(objective: Objective) -> tuple[float, int]:
+def layered_cost(objective: Objective) -> tuple[float, int]:
     """Of K-FAC: seconds of a pass over one example, and bytes of factors and eigenvalues.
 
     Measured on the first batch: to the outputs of the layers and back, and the products of the

@@ -15,14 +15,7 @@ from woodbury.curvature.layers import MatrixGradients, VectorGradients
 from woodbury.errors import BudgetError
 from woodbury.influence.eigenbasis import EigenBlock, MatrixQueries
 from woodbury.influence.forecast import query_bytes
-from woodbury.influence.layered import (
-    Gradients,
-    Inverses,
-    Layered,
-    Queries,
-    joined,
-    norms_squared,
-)
+from woodbury.influence.layered import Inverses, Layered, Queries, each, summed
 from woodbury.influence.pairwise import Say
 from woodbury.influence.query_forms import (
     DenseQueries,
@@ -30,12 +23,15 @@ from woodbury.influence.query_forms import (
     LowRankQueries,
     TokenQueries,
 )
+from woodbury.influence.rows import Gradients, joined, norms_squared, rows_of_data
 from woodbury.influence.runs import Run
 from woodbury.influence.truncation import Draw, Truncation
 from woodbury.operators.memory import in_words
 
 __all__ = ["LowRank"]
 
+# Of so many training examples or fewer the exact scores of all tell the error.
+_FEW = 64
 Piece = Gradients | DenseQueries | LowRankQueries | TokenQueries
 
 
@@ -98,7 +94,8 @@ class LowRank(Layered):
     def words(self, truncation: Truncation | None) -> dict[str, Any]:
         """What a certificate says."""
         found = super().words(truncation)
-        found.pop("terms", None)
+        for word in ("terms", "exact_pairs"):
+            found.pop(word, None)
         return {**found, "query_rank": self.rank, "query_errors": self.relative}
 
     def errors(self, queries: int, truncation: Truncation | None) -> Tensor | None:
@@ -186,16 +183,37 @@ class LowRank(Layered):
     # ---------------------------------------------------------- certificate
 
     def _measured(self, asked: Objective, values: Tensor) -> Truncation:
-        """The error over all scores, from exact ones of some training examples."""
-        nothing = torch.zeros(0, dtype=torch.long, device=values.device)
-        draw = Draw.of(values, (nothing, nothing))
-        if draw is None:
-            return Truncation(0.0, 0.0, 0, self.ranks)
-        exact = [
-            self._exact({n: self._whole(n, g) for n, g in batch.blocks.items()}, draw.unique)[0]
+        """The error over all scores, from exact ones of some training examples, or of a few all."""
+        norms = values.norm(dim=0, keepdim=True)  # of a column, with all queries, for one pair
+        draw = Draw.of(norms, 0, _FEW) if norms.shape[1] > _FEW else None
+        drawn = torch.arange(norms.shape[1], device=values.device) if draw is None else draw.columns
+        columns, inverse = drawn.unique(return_inverse=True)
+        pieces = [
+            self._scored({n: self._whole(n, g) for n, g in batch.blocks.items()}, columns)
             for batch in FactoredGradients(asked, dense=self.factored.dense).passes("queries")
         ]
-        return draw.truncation(torch.cat(exact), values[:, draw.unique], self.ranks)
+        exact = torch.cat(pieces).double()
+        errors = (exact - values[:, columns]).norm(dim=0)[inverse]
+        if draw is None:
+            norm = exact.norm()
+            relative = upper = float(errors.norm() / norm) if norm > 0 else 0.0
+        else:
+            relative, upper = draw.relative(errors, float(values.double().norm()))
+        return Truncation(relative, upper, len(errors), self.ranks, 0.0)
+
+    def _scored(self, group: Mapping[str, Queries], columns: Tensor) -> Tensor:
+        """Scores of some columns, ascending: ``[Q, u]``."""
+        wanted = self.rows[columns]
+        found = self.norms.new_zeros(len(next(iter(group.values()))), len(wanted))
+        subset = rows_of_data(self.objective, wanted)
+        order = torch.searchsorted(wanted, torch.cat([rows for rows, _ in subset]))
+        few = self.objective.with_data([data for _, data in subset])
+        start = 0
+        for batch in FactoredGradients(few, dense=self.factored.dense).passes("exact scores"):
+            places = order[start : start + batch.size]
+            found[:, places] = self.factor * summed(each(group, batch.blocks))
+            start += batch.size
+        return found
 
 
 class Several:

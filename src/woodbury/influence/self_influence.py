@@ -23,10 +23,14 @@ class SelfInfluence:
 
     Attributes:
         values: $s_{ii}$, ``[N]``; in the unit of the loss.
-        error: bound (or estimate) of how far each may be off because of the solve, ``[N]``.
+        error: bound (or estimate) of how far each may be off because of the solve or a store,
+            ``[N]``.
         proven: whether ``error`` is a bound.
         settings: matrix, damping and recipe, in words.
         solves: certificate of the linear solves.
+        modules: parts of the layers, ``[L, N]``, where they were asked for; they add up to
+            ``values``.
+        module_names: of the ``L`` layers.
 
     Example:
         >>> import torch
@@ -41,6 +45,8 @@ class SelfInfluence:
     proven: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     solves: Mapping[str, Any] = field(default_factory=dict)
+    modules: Tensor | None = None
+    module_names: tuple[str, ...] = ()
 
     def top(self, k: int) -> Tensor:
         """The ``k`` examples with the largest self-influence, largest first.

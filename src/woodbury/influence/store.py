@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from woodbury.curvature import EKFAC, KFAC, FactoredGradients, Objective, RelativeDamping
-from woodbury.curvature.damping import Damping, damping_of
+from woodbury.curvature.damping import Damping
 from woodbury.curvature.promotion import promoted
 from woodbury.errors import ArgumentError, ShapeError, StructureError
 from woodbury.influence.files import load_tensors, save_tensors
@@ -29,6 +29,7 @@ from woodbury.influence.projection import (
 )
 from woodbury.influence.runs import Run, fingerprint
 from woodbury.influence.scores import Scores
+from woodbury.influence.self_influence import SelfInfluence
 from woodbury.influence.shards import (
     Chunk,
     RowType,
@@ -38,8 +39,8 @@ from woodbury.influence.shards import (
     read_shard,
     write_shard,
 )
-from woodbury.operators import Dense, LinearOperator
-from woodbury.solvers import Cholesky, inverse
+from woodbury.influence.store_forecast import StoreForecast, store_forecast
+from woodbury.influence.stored import Reader
 
 __all__ = ["GradientStore"]
 
@@ -279,13 +280,18 @@ class GradientStore:
         for shard in self._written():
             yield from chunks(shard, self.sizes, dtype, step, device)
 
-    def scores(self, queries: Any = None, measurement: Measurement = "loss") -> Scores:
+    def scores(
+        self, queries: Any = None, measurement: Measurement = "loss", *, modules: bool = False
+    ) -> Scores:
         """The score of every training example for every query.
 
         Args:
             queries: data in a form that :class:`~woodbury.Objective` takes; by default the training
                 data themselves.
             measurement: as for :class:`woodbury.Influence`.
+            modules: give the parts of the layers, too. The error of the part of layer $l$ is the
+                sum of the products of columns $l$ and $L + l$ of ``solve_error`` and
+                ``gradient_norms``.
 
         Returns:
             :class:`Scores` ``[Q, N]``; its ``error()`` is a bound for an eigenbasis projection, an
@@ -294,85 +300,78 @@ class GradientStore:
         objective = self.objective
         self.write()
         asked = measured(objective, measurement, objective.data if queries is None else queries)
-        z, dropped = self._queries(asked)
-        eigen = isinstance(self.projection, EigenProjection)
-        inverses = None if eigen else self._inverses()
-        x = z if inverses is None else _applied(inverses, z, self.sizes)
-        left = [self._norms(x, x), dropped if eigen else self._uncertain(x, z)]
-        count = objective.num_examples
-        values = z.new_zeros(len(z), count)
-        right = torch.zeros(count, 2 * len(self.sizes), dtype=torch.float64, device=z.device)
-        done = 0
-        for chunk in self.chunks():
-            values[:, chunk.places] = x @ chunk.values.T / -count
-            rest = chunk.dropped
-            if inverses is not None:
-                solved = _applied(inverses, chunk.values, self.sizes)
-                rest = self._norms(solved, chunk.values)
-            right[chunk.places] = torch.cat([chunk.errors, rest], 1) / count
-            done += len(chunk.places)
-            self._say("scoring the training examples", done / count)
+        reader = self._reader("scoring the training examples")
+        z, dropped = reader.rows(asked)
+        values, parts, left, right = reader.scores(z, dropped, modules)
         return Scores(
             values=values,
-            rows=torch.arange(count),
+            rows=torch.arange(objective.num_examples),
             support=support(measurement),
-            solve_error=torch.cat(left, 1).double().cpu(),
+            solve_error=left.double().cpu(),
             gradient_norms=right.cpu(),
-            proven=eigen,
+            proven=reader.eigen,
+            modules=parts,
+            module_names=tuple(self.projections) if modules else (),
             settings=self._settings(measurement),
             solves={"ok": True},
         )
 
-    def _queries(self, asked: Objective) -> tuple[Tensor, Tensor]:
-        """Rows of the queries ``[Q, K]``, not rounded, and what was dropped of them ``[Q, L]``."""
-        places, rows, rests = [], [], []
-        factored = FactoredGradients(asked, dense=self._factored.dense)
-        for batch in factored.passes("queries"):
-            values, dropped = row_of(self.projections, batch)
-            places.append(batch.rows)
-            rows.append(values)
-            rests.append(dropped)
-        z, dropped = (
-            asked.in_order(list(zip(places, parts, strict=True))) for parts in (rows, rests)
+    def self_influence(self, *, modules: bool = False) -> SelfInfluence:
+        r"""$s_{ii} = -\frac1N \nabla\ell_i^T A^{-1}\nabla\ell_i$ of every training example.
+
+        With an eigenbasis projection nothing is missing: the squares of what was dropped are in the
+        store, and only rounding is an error, with its bound.
+
+        Args:
+            modules: give the parts of the layers, too.
+
+        Returns:
+            :class:`SelfInfluence`, ``[N]``; ``error`` is a bound for an eigenbasis projection, an
+            estimate for a random one.
+
+        Cost: ``N K`` multiplications, and the rows read once (twice for random projections).
+        """
+        self.write()
+        reader = self._reader("self-influence")
+        parts, errors = reader.self_scores()
+        dtype = self.objective.dtype
+        return SelfInfluence(
+            values=parts.sum(0).to(dtype),
+            error=errors.sum(0).cpu(),
+            proven=reader.eigen,
+            settings=self._settings("loss"),
+            solves={"ok": True},
+            modules=parts.to(dtype) if modules else None,
+            module_names=tuple(self.projections) if modules else (),
         )
-        return z, dropped
 
-    def _uncertain(self, x: Tensor, z: Tensor) -> Tensor:
-        doubts = [one.doubt for one in self.projections.values()]
-        return self._norms(x, z) * torch.tensor(doubts, dtype=torch.float64, device=z.device)
+    def forecast(self) -> StoreForecast:
+        """Disk, memory and time of :meth:`write`, before it runs, and without what is written.
 
-    def _norms(self, x: Tensor, z: Tensor) -> Tensor:
-        """Roots of the products of the pieces of two rows, ``[b, L]``."""
-        pairs = zip(x.double().split(self.sizes, 1), z.double().split(self.sizes, 1), strict=True)
-        return torch.stack([(a * b).sum(1) for a, b in pairs], 1).clamp(min=0).sqrt()
+        Cost: the gradients of one batch, twice; no matrix is fitted.
+        """
+        done, kept = self._written(), (self._folder / "basis.safetensors").is_file()
+        return store_forecast(
+            self.objective,
+            self._factored,
+            self.projection,
+            self.dtype,
+            shard=self._shard,
+            fitted=self.matrix is not None or kept,
+            kept=kept,
+            left=self.objective.num_examples - sum(shard.count for shard in done),
+        )
 
-    def _inverses(self) -> list[LinearOperator]:
-        """The damped inverse of the second moment of every piece."""
-        objective, names = self.objective, list(self.projections)
-        moments = [
-            torch.zeros(size, size, dtype=torch.float64, device=objective.device)
-            for size in self.sizes
-        ]
-        for chunk in self.chunks():
-            weights = objective.weights
-            own = None if weights is None else weights.to(chunk.places.device)[chunk.places]
-            for M, piece in zip(moments, chunk.values.double().split(self.sizes, 1), strict=True):
-                weighted = piece if own is None else piece * own.double()[:, None]
-                M += weighted.T @ piece / objective.num_examples
-        l2 = objective.l2
-        means = {}
-        for name, M in zip(names, moments, strict=True):
-            if isinstance(l2, Tensor):  # the mean over the block: a projection mixes its entries
-                places = self._factored.blocks[name].positions(objective.space)
-                M.diagonal().add_(float(l2.cpu()[places].double().mean()))
-            else:
-                M.diagonal().add_(l2)
-            means[name] = float(M.diagonal().mean())
-        damping = damping_of(self.damping, means)
-        for name, M in zip(names, moments, strict=True):
-            M.diagonal().add_(damping[name])
-        definite = {"positive_definite"}
-        return [inverse(Dense(M, tags=definite), Cholesky()) for M in moments]
+    def _reader(self, stage: str) -> Reader:
+        count = self.objective.num_examples
+        return Reader(
+            self.objective,
+            self._factored,
+            self.projections,
+            self.damping,
+            self.chunks,
+            lambda done: self._say(stage, done / count),
+        )
 
     def _settings(self, measurement: Measurement) -> dict[str, Any]:
         eigen = isinstance(self.projection, EigenProjection)
@@ -391,8 +390,3 @@ class GradientStore:
     def _say(self, stage: str, fraction: float) -> None:
         if self._progress is not None:
             self._progress(stage, min(1.0, fraction))
-
-
-def _applied(inverses: list[LinearOperator], z: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    pairs = zip(inverses, z.double().split(sizes, 1), strict=True)
-    return torch.cat([(A @ piece.T.contiguous()).T for A, piece in pairs], 1).to(z.dtype)
