@@ -95,6 +95,13 @@ def test_shares_complete_each_other(tmp_path):
     assert torch.equal(two.values[:, 0, 0], WANT)
 
 
+def test_functions_that_no_other_process_can_have_are_refused():
+    with pytest.raises(ArgumentError, match=r"train cannot be sent to 2 processes .*no lambda"):
+        retrain(lambda rows, seed: X[rows].sum(), measure, SUBSETS, processes=2)
+    with pytest.raises(ArgumentError, match="measure cannot be sent"):
+        retrain(total, lambda model: model, SUBSETS, processes=2)
+
+
 def test_processes_give_the_same_values(tmp_path):
     found = retrain(total, measure, SUBSETS, seeds=[0, 1], folder=tmp_path, processes=2)
     assert torch.equal(found.values, retrain(total, measure, SUBSETS, seeds=[0, 1]).values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -148,7 +149,8 @@ def retrain(
         :class:`Retrained`.
 
     Raises:
-        ArgumentError: no subsets, an empty one, or a number that makes no sense.
+        ArgumentError: no subsets, an empty one, a number that makes no sense, or functions that
+            cannot be sent to other processes.
         ShapeError: ``measure`` returns something else than ``[Q]``, or seeds do not fit.
         NonFiniteError: a measurement is NaN or infinite; the message names subset and seed.
         DataError: the folder holds other subsets, seeds or another key.
@@ -208,6 +210,7 @@ def _results(
         for part, (subsets, seeds, many) in zip(parts, given, strict=True):
             yield part, _train(train, measure, subsets, seeds, many)
         return
+    _require_picklable(train, measure, processes)
     threads = max(1, torch.get_num_threads() // processes)
     context = get_context("spawn")  # a fork would share the threads of torch
     with ProcessPoolExecutor(
@@ -219,6 +222,18 @@ def _results(
         }
         for future in as_completed(waiting):
             yield waiting[future], future.result()
+
+
+def _require_picklable(train: Train, measure: Measure, processes: int) -> None:
+    for name, function in (("train", train), ("measure", measure)):
+        try:
+            pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ArgumentError(
+                f"{name} cannot be sent to {processes} processes ({error}); define it as a "
+                "function of a module (no lambda, nothing inside of a function), or take "
+                "processes=1"
+            ) from None
 
 
 def _train(
