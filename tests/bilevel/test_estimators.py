@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import pytest
 import torch
-from tests.bilevel.problems import T0, N
+from tests.bilevel.problems import T0, N, written
 from torch import Tensor
 
 from woodbury import CG, Cholesky, Dense, FunctionOperator, Neumann, Nystrom, inverse
@@ -318,14 +315,6 @@ def test_another_recipe_or_size_takes_nothing_from_the_state(t0: T0) -> None:
     w = torch.tensor([1.0]).double()
     small = Bilevel(lambda w, a: 0.5 * a * w @ w, lambda w, a: w.sum(), w, w[0].clone())
     assert estimate_hypergradient(small, CG(), state=state).solution is not None
-
-
-def written(state: dict[str, Any]) -> dict[str, Any]:
-    """What a file gives back that may hold tensors, numbers and words only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    found: dict[str, Any] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    return found
 
 
 @pytest.mark.parametrize(
