@@ -15,14 +15,14 @@ sizes of both gradients, so the terms are those of the singular value decomposit
 $d^S_j W_{jk} d^A_k$ with $d^S_j = (\mathrm{E}[(\tilde g^q_j)^2]\,\mathrm{E}[(\tilde
 g^i_j)^2])^{1/2}$, and $d^A$ likewise.
 
-Terms beyond about the eighth gain little, because gradients have heavy tails and few pairs of
-a query and an example make most of the error. :mod:`woodbury.influence.layered` computes those
-pairs exactly, and takes terms for the others.
+Terms beyond about the eighth gain little: what is left of $W$ is like noise. But gradients have
+heavy tails, so that few pairs of a query and an example make most of the error.
+:mod:`woodbury.influence.layered` computes those pairs exactly, and takes terms for the others.
 """
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +32,16 @@ from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock,
 from woodbury.decompositions import range_finder
 from woodbury.operators import Dense
 
-__all__ = ["EigenBlock", "MatrixQueries", "VectorInverse", "VectorQueries"]
+__all__ = ["EigenBlock", "MatrixQueries", "Spectrum", "Terms", "VectorInverse", "VectorQueries"]
 
-# Singular values beyond this many are not looked for: exact scores are as fast by then.
-_MAX_TERMS = 96
+# Terms beyond this many are not looked for: exact pairs gain more by then.
+_MAX_TERMS = 48
 # Blocks with fewer entries cost nothing anyway.
 _SMALL = 2**12
 _POWER_STEPS = 2
 _DENSE_BYTES = 128 * 2**20
+# Pairs of a query and an example are contracted for so many bytes at a time.
+_PAIR_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,20 +110,9 @@ class VectorQueries:
         """``[Q, b]``."""
         return self.solved @ gradients.values.T
 
-    exact = scores
-
-    def take(self, part: Tensor) -> VectorQueries:
-        """Some of the queries."""
-        found = copy(self)
-        found.solved = self.solved[part]
-        return found
-
-    def forget_terms(self) -> None:
-        """There are none."""
-
-    def pays(self, count: int) -> bool:
-        """There is nothing to be approximated."""
-        return False
+    def pairs(self, gradients: VectorGradients, queries: Tensor, rows: Tensor) -> Tensor:
+        """Scores of some pairs, ``[n]``."""
+        return self.scores(gradients)[queries, rows]
 
 
 class MatrixQueries:
@@ -136,18 +127,11 @@ class MatrixQueries:
         self.eigen = eigen
         self.a, self.g = eigen.rotate(gradients)  # [Q, t, m], [Q, t, p]
         self.single = self.g.shape[1] == 1
-        self._terms: tuple[Tensor, Tensor] | None = None
+        self._in_parameters: tuple[Tensor, Tensor] | None = None  # queries times terms, [R, Q, .]
         self._dense: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.g)
-
-    def take(self, part: Tensor) -> MatrixQueries:
-        """Some of the queries, without terms."""
-        found = copy(self)
-        found.a, found.g = self.a[part], self.g[part]
-        found._terms = found._dense = None
-        return found
 
     # ---------------------------------------------------------------- exact
 
@@ -176,6 +160,25 @@ class MatrixQueries:
         parts = [slice(start, start + step) for start in range(0, len(self.g), step)]
         return torch.cat([rotated.inner(self._solved(part)) for part in parts])
 
+    def pairs(self, gradients: MatrixGradients, queries: Tensor, rows: Tensor) -> Tensor:
+        """Exact scores of some pairs, ``[n]``.
+
+        Args:
+            gradients: of some examples.
+            queries: of every pair, ``[n]``.
+            rows: of every pair its place among the examples, ``[n]``.
+        """
+        if not (self.single and gradients.grads.shape[1] == 1):
+            return self.exact(gradients)[queries, rows]
+        W = self.eigen.inverse
+        a, g = (side[:, 0] for side in self.eigen.rotate(gradients))
+        step = max(1, _PAIR_BYTES // (sum(W.shape) * W.element_size()))
+        found = [
+            ((g[i] * self.g[q, 0]) @ W).mul_(a[i]).mul_(self.a[q, 0]).sum(1)
+            for q, i in zip(queries.split(step), rows.split(step), strict=True)
+        ]
+        return torch.cat(found)
+
     def _solved(self, part: slice) -> Tensor:
         """The queries with the inverse applied, in the eigenbasis, ``[Q, p, m]``."""
         return torch.bmm(self.g[part].mT, self.a[part]).mul_(self.eigen.inverse)
@@ -189,65 +192,69 @@ class MatrixQueries:
 
     # ------------------------------------------------------------ separable
 
-    def decompose(self) -> Spectrum | None:
-        """The terms of the separable form, or ``None`` where that does not pay.
-
-        Sizes of the gradients of training examples are those that the eigenvalues say, over all the
-        data: a sample would miss directions that are rare.
-        """
-        p, m = self.eigen.inverse.shape
-        if not self.single or p * m < _SMALL:
-            return None
-        moments = self.eigen.moments.clamp(min=0)
-        left = (self.g[:, 0].square().mean(0) * moments.mean(1)).sqrt()
-        right = (self.a[:, 0].square().mean(0) * moments.mean(0)).sqrt()
-        return Spectrum.of(self.eigen.inverse, left, right)
-
-    def errors(
-        self, spectrum: Spectrum, sample: MatrixGradients, exact: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Weighted squared error of the scores of a sample with 0, 1, ... terms, made falling.
-
-        Args:
-            spectrum: the terms.
-            sample: gradients of examples.
-            exact: their scores, ``[Q, b]``.
-            weights: of the squares, ``[Q, b]``.
-        """
-        a, g = self.eigen.rotate(sample)
-        left = exact.clone()
-        squares = [(left.double().square() * weights).sum()]
-        for u, v in zip(*spectrum.terms(len(spectrum.values)), strict=True):
-            left -= ((self.g[:, 0] * u) @ g[:, 0].T) * ((self.a[:, 0] * v) @ a[:, 0].T)
-            squares.append((left.double().square() * weights).sum())
-        return torch.stack(squares).cpu().flip(0).cummax(0).values.flip(0)
-
-    def pays(self, count: int) -> bool:
-        """Whether so many terms cost clearly less than exact scores."""
-        p, m = self.eigen.inverse.shape
-        return 2 * count * (p + m) < p * m
-
-    def use_terms(self, spectrum: Spectrum, count: int) -> None:
-        """Take ``count`` terms from now on."""
-        u, v = spectrum.terms(count)
-        g = self.g[:, 0] * u[:, None, :]  # [R, Q, p]
-        a = self.a[:, 0] * v[:, None, :]
-        left, right = self.eigen.left, self.eigen.right
-        self._terms = (g if left is None else g @ left.T, a if right is None else a @ right.T)
-
-    def forget_terms(self) -> None:
-        """Exact scores from now on."""
-        self._terms = None
+    def use_terms(self, terms: Terms | None) -> None:
+        """Scores by these terms from now on, or exact ones."""
+        self._in_parameters = None
+        if terms is not None:
+            g = self.g[:, 0] * terms.u[:, None, :]
+            a = self.a[:, 0] * terms.v[:, None, :]
+            left, right = self.eigen.left, self.eigen.right
+            g, a = (g if left is None else g @ left.T), (a if right is None else a @ right.T)
+            self._in_parameters = g, a
 
     def scores(self, gradients: MatrixGradients) -> Tensor:
-        """``[Q, b]``: by the separable form where there is one, else exact."""
-        if self._terms is None or gradients.grads.shape[1] != 1:
+        """``[Q, b]``: by the terms where there are any, else exact."""
+        if self._in_parameters is None or gradients.grads.shape[1] != 1:
             return self.exact(gradients)
         g, a = gradients.grads[:, 0], gradients.dense_inputs()[:, 0]
         result = g.new_zeros(len(self.g), len(g))
-        for gq, aq in zip(*self._terms, strict=True):
+        for gq, aq in zip(*self._in_parameters, strict=True):
             result.addcmul_(gq @ g.T, aq @ a.T)
         return result
+
+    def errors(
+        self,
+        terms: Terms,
+        sample: MatrixGradients,
+        queries: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Weighted squared errors of the scores of some pairs with 0, 1, ... of the terms.
+
+        Args:
+            terms: as many as there are.
+            sample: gradients of examples.
+            queries: of every pair, ``[n]``.
+            rows: of every pair its place in the sample, ``[n]``.
+            weights: of the squares, ``[L, n]``, float64.
+
+        Returns:
+            ``[L, r + 1]``, float64.
+        """
+        exact = self.pairs(sample, queries, rows)
+        a, g = (side[:, 0] for side in self.eigen.rotate(sample))
+        left = (g[rows] * self.g[queries, 0]) @ terms.u.T
+        right = (a[rows] * self.a[queries, 0]) @ terms.v.T
+        errors = exact[:, None] - left.mul_(right).cumsum(1)
+        return weights @ torch.cat([exact[:, None], errors], 1).double().square()
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    r"""A separable form $W \approx \sum_r u_r v_r^T$.
+
+    Attributes:
+        u: ``[R, p]``.
+        v: ``[R, m]``.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def leading(self, count: int) -> Terms:
+        """The first of them."""
+        return Terms(self.u[:count], self.v[:count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,24 +278,39 @@ class Spectrum:
     V: Tensor
 
     @classmethod
-    def of(cls, W: Tensor, left: Tensor, right: Tensor) -> Spectrum:
-        """By a randomised range finder, whose probes are the same every time."""
+    def of(cls, queries: Sequence[MatrixQueries]) -> Spectrum | None:
+        """For queries of one block, or ``None`` where separable terms are of no use.
+
+        Sizes of the gradients of training examples are those that the eigenvalues say, over all the
+        data: a sample would miss directions that are rare. The singular values are those of a
+        randomised range finder, whose probes are the same every time.
+        """
+        eigen = queries[0].eigen
+        W, moments = eigen.inverse, eigen.moments.clamp(min=0)
+        if W.numel() < _SMALL:
+            return None
+        g, a = (
+            torch.cat(list(parts)) for parts in zip(*((q.g, q.a) for q in queries), strict=True)
+        )
+        left = (g[:, 0].square().mean(0) * moments.mean(1)).sqrt()
+        right = (a[:, 0].square().mean(0) * moments.mean(0)).sqrt()
         X = left[:, None] * W * right
         rank = min(_MAX_TERMS, *X.shape)
         probes = min(rank + 8, *X.shape)
         Q = range_finder(Dense(X), probes, power=_POWER_STEPS).basis
         small, values, V = torch.linalg.svd(Q.T @ X, full_matrices=False)
-        kept = int((values > torch.finfo(X.dtype).eps * values[0]).sum()) if len(values) else 0
-        rank = min(rank, kept)
+        rank = min(rank, int((values > torch.finfo(X.dtype).eps * values[:1]).sum()))
+        if not rank:
+            return None
         return cls(W, left, right, (Q @ small)[:, :rank], values[:rank].double(), V[:rank].T)
 
-    def terms(self, count: int) -> tuple[Tensor, Tensor]:
-        r"""``u [R, p]`` and ``v [R, m]``.
+    def terms(self) -> Terms:
+        r"""All of them.
 
         $u = W d^A V / \sqrt\sigma$ and $v = W^T d^S U / \sqrt\sigma$ are the singular vectors over
         the weights, without a division by weights that are nearly zero.
         """
-        root = self.values[:count].sqrt().to(self.U.dtype)[:, None]
-        u = ((self.inverse * self.right) @ self.V[:, :count]).T / root
-        v = ((self.inverse.T * self.left) @ self.U[:, :count]).T / root
-        return u.contiguous(), v.contiguous()
+        root = self.values.sqrt().to(self.U.dtype)[:, None]
+        u = ((self.inverse * self.right) @ self.V).T / root
+        v = ((self.inverse.T * self.left) @ self.U).T / root
+        return Terms(u.contiguous(), v.contiguous())

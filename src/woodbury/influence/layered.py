@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from woodbury.curvature import FactoredGradients, Objective
 from woodbury.curvature.layers import MatrixGradients, VectorGradients
@@ -17,17 +16,26 @@ from woodbury.influence.eigenbasis import (
     EigenBlock,
     MatrixQueries,
     Spectrum,
+    Terms,
     VectorInverse,
     VectorQueries,
 )
 from woodbury.influence.kronecker import one_by_one
 from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
+from woodbury.influence.rows import Gradients, joined, norms_of, of_one_shape, rows_of_data, take
 from woodbury.influence.runs import Run
-from woodbury.influence.truncation import Draw, Truncation, allocate, heaviest
+from woodbury.influence.truncation import (
+    Choice,
+    Draw,
+    Truncation,
+    choose,
+    falling,
+    levels,
+    pair_sizes,
+)
 
-__all__ = ["Inverses", "Layered", "Queries", "layered_self_scores", "rows_of_data"]
+__all__ = ["Inverses", "Layered", "Queries", "layered_self_scores"]
 
-Gradients = MatrixGradients | VectorGradients
 Inverses = Mapping[str, EigenBlock | VectorInverse]
 Prepared = dict[str, MatrixQueries | VectorQueries]
 
@@ -42,44 +50,11 @@ class Queries(Protocol):
         ...
 
 
-# Terms of a first look, and the part of the tolerance that is aimed at: what is measured in the end
-# is an upper limit.
-_ROUGH, _AIM = 12, 0.5
-_PILOT = 1024
-_ATTEMPTS = 4
-
-
-def take(gradients: Gradients, part: Tensor) -> Gradients:
-    """The gradients of some of the examples."""
-    if isinstance(gradients, VectorGradients):
-        return VectorGradients(gradients.block, gradients.values[part])
-    return MatrixGradients(gradients.block, gradients.inputs[part], gradients.grads[part])
-
-
-def _of_one_shape(pieces: Sequence[Gradients]) -> bool:
-    vectors = isinstance(pieces[0], VectorGradients)
-    return vectors or len({piece.grads.shape[1] for piece in pieces}) == 1  # type: ignore[union-attr]
-
-
-def joined(pieces: Sequence[Gradients]) -> Gradients:
-    first = pieces[0]
-    if isinstance(first, VectorGradients):
-        return VectorGradients(first.block, torch.cat([p.values for p in pieces]))  # type: ignore[union-attr]
-    inputs, grads = zip(*((p.inputs, p.grads) for p in pieces), strict=True)  # type: ignore[union-attr]
-    return MatrixGradients(first.block, torch.cat(inputs), torch.cat(grads))
-
-
-def norms_squared(gradients: Gradients) -> Tensor:
-    """Squared norms of the gradients of every example, ``[b]``."""
-    if isinstance(gradients, VectorGradients):
-        return gradients.values.square().sum(1)
-    g, t = gradients.grads, gradients.grads.shape[1]
-    if gradients.one_hot or g.shape[2] * gradients.block.m < t * (g.shape[2] + gradients.block.m):
-        return torch.cat([part.dense().square().sum(1) for part in gradients.chunks()])
-    a = gradients.inputs
-    if t == 1:
-        return g[:, 0].square().sum(1) * a[:, 0].square().sum(1)
-    return (torch.bmm(g, g.mT) * torch.bmm(a, a.mT)).sum((1, 2))
+# Terms and training examples of a first look, pairs that are drawn there and for the certificate,
+# and the part of the tolerance that is aimed at: what is measured in the end is an upper limit.
+_ROUGH, _PILOT, _SAMPLE, _AIM = 8, 1024, 1024, 0.5
+# Where that is not met: more exact pairs, up to a share of all; then more terms; then exact scores.
+_WIDENINGS, _MOST, _ATTEMPTS = 3, 0.1, 3
 
 
 class Layered:
@@ -108,6 +83,8 @@ class Layered:
         self.objective, self.inverses, self.tolerance = objective, inverses, tolerance
         self.rows, self.run, self.say = rows.to(objective.device), run, say
         self.factored = FactoredGradients(objective, dense=one_by_one(inverses))
+        self.asked = torch.zeros(0)  # norms of the gradients of the queries
+        self.factor = -1 / objective.num_examples
         self.names = tuple(inverses) if parts else ()
         self.norms = torch.zeros(len(rows), dtype=objective.dtype, device=objective.device)
 
@@ -117,9 +94,9 @@ class Layered:
         tolerance = self.tolerance
         for attempt in range(_ATTEMPTS):
             last = attempt == _ATTEMPTS - 1
-            terms = self._choose_terms(groups, 0.0 if last else tolerance)
+            choice = self._choose(groups, 0.0 if last else tolerance)
             values, parts = self._pass(groups, f"scores-{attempt}")
-            truncation = self._refine(groups, values, parts, terms) if terms else None
+            truncation = self._refine(groups, values, parts, choice, attempt) if choice else None
             if truncation is None or truncation.upper <= self.tolerance:
                 break
             tolerance *= 0.8 * self.tolerance / truncation.upper
@@ -141,6 +118,7 @@ class Layered:
             "truncation_error": truncation.relative,
             "truncation_error_at_most": truncation.upper,
             "terms": dict(truncation.terms),
+            "exact_pairs": truncation.exact,
         }
 
     def errors(self, queries: int, truncation: Truncation | None) -> Tensor | None:
@@ -150,13 +128,15 @@ class Layered:
     # -------------------------------------------------------------- queries
 
     def _prepare(self, asked: Objective) -> tuple[list[Tensor], list[Prepared]]:
-        places, groups = [], []
+        places, groups, norms = [], [], []
         for batch in FactoredGradients(asked, dense=self.factored.dense).passes("queries"):
             prepared: Prepared = {}
             for name, gradients in batch.blocks.items():
                 prepared[name] = self._queries(name, gradients)
             places.append(batch.rows)
             groups.append(prepared)
+            norms.append(norms_of(batch.blocks))
+        self.asked = torch.cat(norms)
         return places, groups
 
     def _queries(self, name: str, gradients: Gradients) -> MatrixQueries | VectorQueries:
@@ -172,56 +152,42 @@ class Layered:
 
     # ---------------------------------------------------------------- terms
 
-    def _choose_terms(self, groups: Sequence[Prepared], tolerance: float) -> dict[str, int]:
-        """Give every block as many terms as the tolerance needs on a few training examples.
+    def _choose(self, groups: Sequence[Prepared], tolerance: float) -> Choice | None:
+        """Terms and exact pairs that the tolerance needs on a few training examples.
 
-        The heaviest pairs do not count, because :meth:`_refine` will compute such ones exactly.
+        The queries take the terms; ``None`` where they take none.
         """
-        for group in groups:
-            for query in group.values():
-                query.forget_terms()
-        if tolerance <= 0 or len(groups) != 1:
-            return {}  # several batches of queries may be of several shapes: exact
-        spectra: dict[str, Spectrum] = {}
-        for name, query in groups[0].items():
-            found = query.decompose() if isinstance(query, MatrixQueries) else None
-            if found is not None and len(found.values):
-                spectra[name] = found
+        _use(groups, {})
+        spectra = _spectra(groups) if tolerance > 0 else {}
+        batch = self._pilot() if spectra else {}
+        spectra = {name: found for name, found in spectra.items() if _single(batch.get(name))}
         if not spectra:
-            return {}  # as of sequences: nothing is to be tried on training examples
-        batch = self._pilot()
-        for name in list(spectra):
-            query, gradients = groups[0][name], batch.get(name)
-            if isinstance(gradients, MatrixGradients) and gradients.grads.shape[1] == 1:
-                assert isinstance(query, MatrixQueries)  # it has a spectrum
-                query.use_terms(spectra[name], min(_ROUGH, len(spectra[name].values)))
-            else:
-                del spectra[name]
-        rough = _total(_each(groups[0], batch)) if spectra else self.norms.new_zeros(1, 1)
-        heavy = heaviest(rough)
-        draw = Draw.of(rough, heavy)
-        if draw is None:
-            return {}
-        pilot = {name: take(gradients, draw.unique) for name, gradients in batch.items()}
-        found_in = ((name, query) for name, query in groups[0].items() if name in pilot)
-        exact = {name: query.exact(pilot[name]) for name, query in found_in}  # type: ignore[arg-type]
-        weights = draw.weights().repeat(len(rough), 1)
-        weights[heavy[0][:, None], torch.isin(draw.unique, heavy[1]).nonzero().squeeze(1)] = 0
-        allowed = (_AIM * tolerance) ** 2 * draw.total
-        errors, costs = {}, {}
-        for name, found in spectra.items():
-            query, sample = groups[0][name], pilot[name]
-            assert isinstance(query, MatrixQueries)  # it has a spectrum
-            assert isinstance(sample, MatrixGradients)
-            errors[name] = query.errors(found, sample, exact[name], weights)
-            costs[name] = len(found.left) + len(found.right)
-        terms = allocate(errors, costs, allowed)
-        for name, query in groups[0].items():
-            query.forget_terms()
-            if name in terms and query.pays(terms[name]):
-                assert isinstance(query, MatrixQueries)  # it has a spectrum
-                query.use_terms(spectra[name], terms[name])
-        return {name: count for name, count in terms.items() if groups[0][name].pays(count)}
+            return None
+        terms = {name: found.terms() for name, found in spectra.items()}
+        _use(groups, {name: some.leading(_ROUGH) for name, some in terms.items()})
+        rough = self.factor * torch.cat([summed(each(group, batch)) for group in groups])
+        norms = norms_of(batch)
+        total, outer = float(rough.norm()), float(self.asked.norm() * norms.norm())
+        if not (total > 0 and outer > 0):
+            _use(groups, {})
+            return None
+        scale = total / outer
+        sizes = pair_sizes(rough, self.asked, norms, scale)
+        draw, at = Draw.of(sizes, 0, _SAMPLE), levels(sizes)
+        weights = draw.weights() * (sizes[draw.queries, draw.columns] <= at[:, None])
+        drawn, places = draw.columns.unique(return_inverse=True)
+        errors = {}
+        for name in terms:
+            sample, found = take(batch[name], drawn), []
+            for part, query, own in _among(groups, name, draw.queries):
+                if isinstance(query, MatrixQueries) and query.single:
+                    pairs = own, places[part], weights[:, part]
+                    found.append(query.errors(terms[name], sample, *pairs))  # type: ignore[arg-type]
+            errors[name] = falling(self.factor**2 * torch.stack(found).sum(0))
+        shapes = {name: (len(some.u[0]), len(some.v[0])) for name, some in terms.items()}
+        counts, level = choose(errors, shapes, sizes, at, (_AIM * tolerance * total) ** 2)
+        _use(groups, {name: terms[name].leading(count) for name, count in counts.items()})
+        return Choice(counts, scale, level) if counts else None
 
     def _pilot(self) -> dict[str, Gradients]:
         """Gradients of training examples from all over the data, which may be in any order."""
@@ -233,7 +199,7 @@ class Layered:
         for batch in FactoredGradients(few, dense=self.factored.dense).passes("pilot"):
             for name, gradients in batch.blocks.items():
                 found.setdefault(name, []).append(gradients)
-        return {name: joined(pieces) for name, pieces in found.items() if _of_one_shape(pieces)}
+        return {name: joined(pieces) for name, pieces in found.items() if of_one_shape(pieces)}
 
     # ----------------------------------------------------------------- pass
 
@@ -245,7 +211,6 @@ class Layered:
         parts = self.norms.new_zeros(len(self.names), count, len(self.rows))
         start, done = self._restored(name, values, parts)
         last = time.monotonic()
-        factor = -1 / self.objective.num_examples
         for batch in self.factored.passes("scores", start):
             wanted = torch.isin(batch.rows, self.rows)
             blocks = batch.blocks
@@ -254,11 +219,11 @@ class Layered:
                 blocks = {key: take(gradients, index) for key, gradients in blocks.items()}
             columns = torch.searchsorted(self.rows, batch.rows[wanted])
             if len(columns):
-                found = [_each(group, blocks) for group in groups]
-                values[:, columns] = factor * torch.cat([_total(one) for one in found])
+                found = [each(group, blocks) for group in groups]
+                values[:, columns] = self.factor * torch.cat([summed(one) for one in found])
                 for part, key in zip(parts, self.names, strict=True):
-                    piece = [one.get(key, torch.zeros_like(_total(one))) for one in found]
-                    part[:, columns] = factor * torch.cat(piece)
+                    piece = [one.get(key, torch.zeros_like(summed(one))) for one in found]
+                    part[:, columns] = self.factor * torch.cat(piece)
                 self.norms[columns] = self._sizes_of(blocks)
             done += len(columns)
             self.say("scoring the training examples", done / len(self.rows))
@@ -272,7 +237,7 @@ class Layered:
 
     def _sizes_of(self, blocks: Mapping[str, Gradients]) -> Tensor:
         """What is kept of the sizes of gradients: norms over all blocks, ``[b]``."""
-        return torch.stack([norms_squared(part) for part in blocks.values()]).sum(0).sqrt()
+        return norms_of(blocks)
 
     def _restored(self, name: str, values: Tensor, parts: Tensor) -> tuple[int, int]:
         kept = self.run.load(name)
@@ -291,46 +256,63 @@ class Layered:
         groups: Sequence[Prepared],
         values: Tensor,
         parts: Tensor | None,
-        terms: Mapping[str, int],
+        choice: Choice,
+        attempt: int,
     ) -> Truncation:
-        """Exact scores of the heaviest pairs, in place, and of some others for the error."""
-        heavy = queries, columns = heaviest(values)
-        draw = Draw.of(values, heavy)
-        if draw is None:
-            return Truncation(0.0, 0.0, 0, terms)
-        everything = torch.arange(len(values), device=values.device)
-        (group,) = groups  # several have no terms
-        for part, places in ((queries, columns), (everything, draw.unique)):
-            few = {name: query.take(part) for name, query in group.items()}
-            exact, pieces = self._exact(few, places)
-            if part is everything:
-                truncation = draw.truncation(exact, values[:, places], terms)
-            values[part[:, None], places] = exact
-            if parts is not None:
-                parts[:, part[:, None], places] = pieces
+        """Exact scores of the largest pairs, in place, and of some others for the error."""
+        sizes = pair_sizes(values, self.asked, self.norms, choice.scale)
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        level, exact = choice.level, 0
+        for widening in range(_WIDENINGS):
+            heavy = sizes > level
+            seed = 1 + attempt * _WIDENINGS + widening  # not those that chose the terms
+            draw = Draw.of(sizes.masked_fill(heavy, 0), seed, _SAMPLE)
+            drawn = draw.queries, draw.columns
+            pairs = [torch.cat(part) for part in zip(heavy.nonzero().T, drawn, strict=True)]
+            before = values[drawn]
+            self._exact(groups, values, parts, *pairs)
+            errors = values[drawn] - before
+            open_ = sizes[drawn].masked_fill(heavy[drawn], 0)  # exact ones are 0, without an error
+            errors = errors.masked_fill(open_ == 0, 0)
+            relative, upper = draw.relative(errors, norm)
+            exact += int(heavy.sum())
+            share = exact / sizes.numel()
+            truncation = Truncation(relative, upper, len(errors), choice.terms, share)
+            sizes[tuple(pairs)] = 0
+            level = draw.level(errors, open_, (_AIM * self.tolerance * norm) ** 2)
+            if upper <= self.tolerance or float((sizes > level).double().mean()) > _MOST:
+                break
         return truncation
 
-    def _exact(self, group: Mapping[str, Queries], columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of some columns, ascending: ``[Q, u]``, and of the blocks ``[M, Q, u]``.
-
-        Exact, of queries that take no terms.
-        """
-        wanted, count = self.rows[columns], _width(group)
-        exact = self.norms.new_zeros(count, len(wanted))
-        parts = self.norms.new_zeros(len(self.names), count, len(wanted))
-        subset = rows_of_data(self.objective, wanted)
+    def _exact(
+        self,
+        groups: Sequence[Prepared],
+        values: Tensor,
+        parts: Tensor | None,
+        queries: Tensor,
+        columns: Tensor,
+    ) -> None:
+        """Exact scores of some pairs, in place."""
+        subset = rows_of_data(self.objective, self.rows[columns.unique()])
         order = torch.cat([rows for rows, _ in subset])
         few = self.objective.with_data([data for _, data in subset])
-        column, factor = 0, -1 / self.objective.num_examples
-        for batch in FactoredGradients(few, dense=self.factored.dense).passes("exact scores"):
-            found = _each(group, batch.blocks)
-            places = torch.searchsorted(wanted, order[column : column + batch.size])
-            exact[:, places] = factor * _total(found)
-            for part, key in zip(parts, self.names, strict=True):
-                if key in found:
-                    part[:, places] = factor * found[key]
-            column += batch.size
-        return exact, parts
+        place = torch.empty_like(self.rows)
+        place[torch.searchsorted(self.rows, order)] = torch.arange(len(order), device=place.device)
+        place, start = place[columns], 0  # of every pair its example among the few
+        for batch in FactoredGradients(few, dense=self.factored.dense).passes("exact pairs"):
+            rows = place - start
+            here = ((rows >= 0) & (rows < batch.size)).nonzero().squeeze(1)
+            whole = values.new_zeros(len(here))
+            for number, name in enumerate(self.inverses):
+                found = torch.zeros_like(whole)
+                for part, query, own in _among(groups, name, queries[here]):
+                    if name in batch.blocks:
+                        found[part] = query.pairs(batch.blocks[name], own, rows[here[part]])  # type: ignore[arg-type]
+                whole += found
+                if parts is not None:
+                    parts[number][queries[here], columns[here]] = self.factor * found
+            values[queries[here], columns[here]] = self.factor * whole
+            start += batch.size
 
 
 def _sizes(places: Sequence[Tensor]) -> list[int]:
@@ -341,7 +323,7 @@ def _width(group: Mapping[str, Queries]) -> int:
     return len(next(iter(group.values())))
 
 
-def _each(group: Mapping[str, Queries], blocks: Mapping[str, Gradients]) -> dict[str, Tensor]:
+def each(group: Mapping[str, Queries], blocks: Mapping[str, Gradients]) -> dict[str, Tensor]:
     """Scores of every block that the queries and the examples share, ``[Q, b]``."""
     found = {}
     for name, query in group.items():
@@ -352,27 +334,46 @@ def _each(group: Mapping[str, Queries], blocks: Mapping[str, Gradients]) -> dict
     return found
 
 
-def _total(found: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(found.values())).sum(0)
+def _single(gradients: Gradients | None) -> bool:
+    """Whether every example has one position."""
+    return isinstance(gradients, MatrixGradients) and gradients.grads.shape[1] == 1
 
 
-def rows_of_data(objective: Objective, wanted: Tensor) -> list[tuple[Tensor, object]]:
-    """Places and data of some rows, batch by batch, in the form that the batches have."""
-    found: list[tuple[Tensor, object]] = []
-    for batch in objective.batches("chosen rows"):
-        places = batch.places().to(wanted.device)
-        index = torch.isin(places, wanted).nonzero().squeeze(1)
-        if not len(index):
-            continue
-        leaves, structure = tree_flatten(batch.data)
-        parts = [
-            leaf[index.to(leaf.device)]
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch.size
-            else leaf
-            for leaf in leaves
-        ]
-        found.append((places[index], tree_unflatten(parts, structure)))
+def _among(
+    groups: Sequence[Prepared], name: str, queries: Tensor
+) -> Iterator[tuple[Tensor, MatrixQueries | VectorQueries, Tensor]]:
+    """Which of the ``queries`` each group has, its form of them, and their numbers there."""
+    start = 0
+    for group in groups:
+        width = _width(group)
+        if name in group:
+            part = ((queries >= start) & (queries < start + width)).nonzero().squeeze(1)
+            yield part, group[name], queries[part] - start
+        start += width
+
+
+def _spectra(groups: Sequence[Prepared]) -> dict[str, Spectrum]:
+    """Spectra of the blocks that can take terms."""
+    found = {}
+    for name in dict.fromkeys(name for group in groups for name in group):
+        some = [group.get(name) for group in groups]
+        queries = [one for one in some if isinstance(one, MatrixQueries) and one.single]
+        spectrum = Spectrum.of(queries) if queries else None
+        if spectrum is not None:
+            found[name] = spectrum
     return found
+
+
+def _use(groups: Sequence[Prepared], terms: Mapping[str, Terms]) -> None:
+    """Let all queries take these terms, and those of other blocks none."""
+    for group in groups:
+        for name, query in group.items():
+            if isinstance(query, MatrixQueries):
+                query.use_terms(terms.get(name) if query.single else None)
+
+
+def summed(found: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(found.values())).sum(0)
 
 
 def layered_self_scores(objective: Objective, inverses: Inverses, run: Run, say: Say) -> Tensor:

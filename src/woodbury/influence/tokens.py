@@ -15,8 +15,8 @@ from woodbury.curvature.layers import Block, MatrixBlock, MatrixGradients
 from woodbury.errors import ArgumentError, ShapeError, StructureError
 from woodbury.influence.forecast import make_plan
 from woodbury.influence.influence import Influence
-from woodbury.influence.layered import Gradients, rows_of_data, take
 from woodbury.influence.measurements import measured
+from woodbury.influence.rows import Gradients, rows_of_data, take
 
 __all__ = ["TokenScores", "token_scores"]
 

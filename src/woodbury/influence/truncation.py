@@ -2,116 +2,207 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Truncation", "allocate", "heaviest"]
+__all__ = ["Choice", "Draw", "Truncation", "choose", "falling", "levels", "pair_sizes"]
 
-_SAMPLE = 64
-# One in so many queries and training examples are heavy: exact scores cost the product.
-_QUERIES, _ROWS = 4, 8
+# Shares of the pairs of a query and an example that may be exact.
+_SHARES = (0.0, 0.003, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
 class Truncation:
     r"""What the separable form costs: $\|\hat S - S\|_F / \|S\|_F$ over all scores.
 
-    Found by computing the scores of some training examples exactly, drawn with replacement and
-    probabilities in proportion to the squares of their scores, but for those that are exact.
+    Found by computing the scores of some pairs of a query and an example exactly, drawn with
+    replacement and probabilities in proportion to the squares of the errors expected there.
 
     Attributes:
         relative: the estimate.
         upper: its upper limit, three standard errors of the square above it.
-        sample: examples drawn.
+        sample: how many were drawn.
         terms: of each block.
+        exact: share of all pairs that are exact.
 
     Example:
         >>> from woodbury.influence.truncation import Truncation
-        >>> print(Truncation(0.004, 0.005, 64, {"0": 12}))
-        relative error 0.004, at most 0.005 (three standard errors, 64 examples drawn)
+        >>> print(Truncation(0.004, 0.005, 1024, {"0": 12}, 0.01))
+        relative error 0.004, at most 0.005 (three standard errors, 1024 drawn)
     """
 
     relative: float
     upper: float
     sample: int
     terms: Mapping[str, int]
+    exact: float
 
     def __str__(self) -> str:
         return (
             f"relative error {self.relative:.2g}, at most {self.upper:.2g} (three standard errors, "
-            f"{self.sample} examples drawn)"
+            f"{self.sample} drawn)"
         )
 
 
-def heaviest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of scores ``[Q, N]`` with the largest norms, a share of each, ascending.
+def pair_sizes(values: Tensor, queries: Tensor, rows: Tensor, scale: float) -> Tensor:
+    r"""How large an error may be of every pair, up to a factor: $|s_{qi}| + c \|g_q\| \|g_i\|$.
 
-    Sizes of gradients have heavy tails: examples that the model gets wrong carry most of the
-    squares of all scores, and so most of the error. Exact scores where they meet, a small share of
-    all, allow the terms to be fewer for all the others.
+    Gradients have heavy tails: few pairs, of examples that the model gets wrong, carry most of the
+    squares of all scores and of all errors. Errors of the leading directions go with the scores,
+    those of all the others with the norms of the gradients.
+
+    Args:
+        values: scores ``[Q, N]``, which may be rough.
+        queries: norms of the gradients of the queries, ``[Q]``.
+        rows: of the training examples, ``[N]``.
+        scale: $c$.
     """
-    squares = values.double().square()
-    queries = squares.sum(1).topk(-(-len(values) // _QUERIES)).indices.sort().values
-    return queries, squares.sum(0).topk(values.shape[1] // _ROWS).indices.sort().values
+    return values.abs().addr_(queries, rows, alpha=scale)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How scores are approximated.
+
+    Attributes:
+        terms: of each block.
+        scale: of :func:`pair_sizes`.
+        level: pairs of a larger size are exact.
+    """
+
+    terms: Mapping[str, int]
+    scale: float
+    level: float
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Training examples drawn with chances in proportion to the squares of their scores.
+    """Pairs drawn with chances in proportion to the squares of expected errors.
 
     Attributes:
-        unique: columns that were drawn, each once, ascending.
-        inverse: which of them every draw is.
-        chance: of every draw.
-        total: squared Frobenius norm of the approximate scores.
+        queries: of every pair, ``[s]``.
+        columns: its place among the training examples, ``[s]``.
+        chance: of every pair, ``[s]``, float64.
     """
 
-    unique: Tensor
-    inverse: Tensor
+    queries: Tensor
+    columns: Tensor
     chance: Tensor
-    total: float
 
     @classmethod
-    def of(cls, values: Tensor, exact: tuple[Tensor, Tensor]) -> Draw | None:
-        """Draw from the columns of scores ``[Q, N]``; ``None`` where all are zero.
-
-        Args:
-            values: the scores.
-            exact: rows and columns where they are exact: without a weight in the chances.
-        """
-        squares = values.double().square()
+    def of(cls, sizes: Tensor, seed: int, count: int) -> Draw:
+        """Draw ``count`` from ``sizes [Q, N]`` of errors, which are 0 where scores are exact."""
+        squares = torch.linalg.vector_norm(sizes, dim=0, dtype=torch.float64).square()
         total = float(squares.sum())
-        if total == 0:
-            return None
-        squares[exact[0][:, None], exact[1]] = 0
-        chance, even = squares.sum(0), 1 / squares.shape[1]
-        rest = chance.sum()
-        # A share of even draws, so that an example whose scores are missed altogether can be met.
-        chance = 0.9 * chance / rest + 0.1 * even if rest > 0 else torch.full_like(chance, even)
-        generator = torch.Generator(chance.device).manual_seed(0)
-        drawn = torch.multinomial(chance, _SAMPLE, replacement=True, generator=generator)
-        unique, inverse = drawn.unique(return_inverse=True)
-        return cls(unique, inverse, chance[drawn], total)
+        # A share of even draws, so that a pair whose error is not expected can be met.
+        share = 0.9 if total > 0 else 0.0
+        factor, even = share / max(total, 5e-324), (1 - share) / sizes.numel()
+        generator = torch.Generator(sizes.device).manual_seed(seed)
+        columns = _pick(factor * squares + even * len(sizes), count, generator)
+        inside = (factor * sizes[:, columns].double().square() + even).T
+        queries = _pick(inside, count, generator)
+        return cls(queries, columns, inside.gather(1, queries[:, None]).squeeze(1))
 
     def weights(self) -> Tensor:
-        """Of the columns drawn, so that weighted sums estimate sums over all, ``[u]``."""
-        found = torch.zeros(len(self.unique), dtype=torch.float64, device=self.chance.device)
-        return found.index_add_(0, self.inverse, 1 / (self.chance * len(self.chance)))
+        """Of the pairs, so that weighted sums estimate sums over all, ``[s]``."""
+        return 1 / (self.chance * len(self.chance))
 
-    def truncation(
-        self, exact: Tensor, approximate: Tensor, terms: Mapping[str, int]
-    ) -> Truncation:
-        """From scores ``[Q, u]`` of the columns that were drawn."""
-        errors = (exact - approximate).double().square().sum(0)[self.inverse] / self.chance
-        mean = float(errors.mean())
-        limit = mean + 3 * float(errors.std()) / len(errors) ** 0.5
-        upper = (limit / self.total) ** 0.5
+    def relative(self, errors: Tensor, norm: float) -> tuple[float, float]:
+        """Norm of all errors over that of the scores, and its upper limit.
+
+        Args:
+            errors: of the pairs that were drawn, ``[s]``.
+            norm: Frobenius norm of the approximate scores.
+        """
+        if not bool(errors.any()):
+            return 0.0, 0.0
+        squares = (errors.double() / max(norm, 5e-324)).square() / self.chance
+        mean = float(squares.mean())
+        upper = (mean + 3 * float(squares.std()) / len(squares) ** 0.5) ** 0.5
         # Relative to the exact scores, which may be smaller than the approximate ones.
-        upper /= max(1e-3, 1 - upper)
-        return Truncation((mean / self.total) ** 0.5, upper, len(errors), terms)
+        return mean**0.5, upper / max(1e-3, 1 - upper)
+
+    def level(self, errors: Tensor, sizes: Tensor, allowed: float) -> float:
+        """The largest size so that squared errors of smaller pairs add up to ``allowed``.
+
+        Args:
+            errors: of the pairs that were drawn, ``[s]``.
+            sizes: of these, ``[s]``.
+            allowed: for the sum over all pairs.
+        """
+        squares = errors.double().square() * self.weights()
+        ordered, places = sizes.sort()
+        fits = int((squares[places].cumsum(0) <= allowed).sum())
+        return float(ordered[fits - 1]) if fits else 0.0
+
+
+def _pick(chances: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Places in ``chances [n]``, or one in each row of ``[count, n]``, in proportion: ``[count]``.
+
+    (``torch.multinomial`` takes no more than 2^24 of them.)
+    """
+    sums = chances.cumsum(-1)
+    at = torch.rand(count, dtype=sums.dtype, device=sums.device, generator=generator)
+    at = at * sums[..., -1]
+    places = torch.searchsorted(sums, at if sums.dim() == 1 else at[:, None], right=True)
+    return places.view(count).clamp(max=chances.shape[-1] - 1)
+
+
+def falling(errors: Tensor) -> Tensor:
+    """Errors ``[L, r + 1]`` that do not rise with the number of terms, at most too large."""
+    return errors.cpu().flip(1).cummax(1).values.flip(1)
+
+
+def levels(sizes: Tensor) -> Tensor:
+    """Sizes above which the shares of pairs lie that may be exact, falling, ``[L]``."""
+    flat = sizes.flatten()
+    counts = [int(share * len(flat)) for share in _SHARES]
+    top = flat.topk(min(len(flat), counts[-1] + 1)).values
+    found = [float(top[count]) for count in counts[1:]]
+    return torch.tensor([math.inf, *found], dtype=torch.float64, device=sizes.device)
+
+
+def choose(
+    errors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    sizes: Tensor,
+    at: Tensor,
+    allowed: float,
+) -> tuple[dict[str, int], float]:
+    """Terms of each block and the level beyond which pairs are exact, at the least cost.
+
+    Args:
+        errors: squared error of each block by level and terms, ``[L, r + 1]``, falling.
+        shapes: ``(p, m)`` of these blocks.
+        sizes: of pairs, ``[Q, n]``.
+        at: the levels, ``[L]``.
+        allowed: for the sum of squared errors.
+
+    Returns:
+        Terms by block, without those that are better exact; and the level.
+    """
+    best: tuple[float, dict[str, int], float] = math.inf, {}, math.inf
+    costs = {name: p + m for name, (p, m) in shapes.items()}
+    for number, level in enumerate(at.tolist()):
+        curves = {name: curve[number] for name, curve in errors.items()}
+        terms = allocate(curves, costs, allowed)
+        heavy = sizes > level
+        pairs, rows = float(heavy.double().mean()), float(heavy.any(0).double().mean())
+        cost, kept = 0.0, {}
+        for name, (p, m) in shapes.items():  # in multiplications a pair
+            count = terms.get(name, p * m)
+            # An example of exact pairs has its gradient computed again, and rotated.
+            fast = count * (p + m) + pairs * p * m + rows * (p + m) ** 2 / len(sizes)
+            if 2 * fast < p * m:
+                kept[name] = count
+            cost += min(fast, p * m)
+        if cost < best[0]:
+            best = cost, kept, level
+    return best[1:]
 
 
 def allocate(
