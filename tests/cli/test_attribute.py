@@ -36,6 +36,7 @@ def test_it_says_what_it_will_take_and_what_it_found(given, tmp_path):
     done = run(given)
     assert done.exit_code == 0, done.output
     assert "1 queries x 3 training rows" in done.output
+    assert "3 passes over the gradients of" in done.output
     assert "speaks for it" in done.output
     assert str(tmp_path / "out" / "attribution.html") in done.output
     assert {p.name for p in (tmp_path / "out").iterdir()} == {

@@ -276,6 +276,8 @@ def test_a_forecast_fits_nothing(matrix: Any, passes: int, monkeypatch: pytest.M
     monkeypatch.setattr("woodbury.influence.systems.base_operator", never)
     forecast = influence.forecast(queries)
     assert (forecast.passes, forecast.products) == (passes, 0)
+    assert f"{passes} pass{'es' * (passes > 1)} over the gradients of" in str(forecast)
+    assert "products" not in str(forecast)  # there are none
     assert forecast.memory > 4 * 30 * 8
     assert forecast.gradient_seconds > 0
 

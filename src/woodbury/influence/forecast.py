@@ -131,14 +131,16 @@ class Forecast:
         return self.passes * self.gradient_seconds + self.product_seconds * (self.products or 0)
 
     def __str__(self) -> str:
-        solves = (
-            f"up to {self.products} products of {self.product_seconds:.2g} s"
-            if self.products is not None
-            else f"products of {self.product_seconds:.2g} s, as many as the recipe needs"
-        )
+        if self.products == 0:
+            solves = ""
+        elif self.products is None:
+            solves = f", products of {self.product_seconds:.2g} s, as many as the recipe needs"
+        else:
+            solves = f", up to {self.products} products of {self.product_seconds:.2g} s"
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         return (
-            f"about {self.seconds:.2g} s: {self.passes} passes over the gradients of "
-            f"{self.gradient_seconds:.2g} s, {solves}; {in_words(self.memory)} of memory at most, "
+            f"about {self.seconds:.2g} s: {passes} over the gradients of "
+            f"{self.gradient_seconds:.2g} s{solves}; {in_words(self.memory)} of memory at most, "
             f"{in_words(self.disk)} on disk if a folder is given"
         )
 
