@@ -539,7 +539,7 @@ def test_a_store_of_a_model_with_other_constants_is_refused(tmp_path):
     EKFAC(Objective(model, "cross_entropy", (x, y)), "exact", checkpoint=tmp_path / "fit")
 
 
-def _process(rank: int, folder: str) -> None:
+def _process(rank: int, folder: str, checkpoint: str = "") -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -550,6 +550,8 @@ def _process(rank: int, folder: str) -> None:
         Objective(objective._predict.model, "cross_entropy", batches),
         "exact",
         group=dist.group.WORLD,
+        checkpoint=checkpoint.format(rank) or None,
+        save_every=0.0,
     )
     torch.save(K.to_dense(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -561,6 +563,27 @@ def test_processes_share_the_batches_and_agree(tmp_path):
     for rank in range(2):
         mine = torch.load(tmp_path / f"{rank}.pt")
         assert (mine - wanted).norm() <= 1e-11 * wanted.norm()
+
+
+def test_processes_that_were_stopped_in_different_passes_go_on_together(tmp_path):
+    wanted = EKFAC(made("text"), "exact").to_dense()
+    for turn in range(2):
+        torch.multiprocessing.spawn(_process, (str(tmp_path), str(tmp_path / "fit")), nprocs=2)
+        for rank in range(2):
+            mine = torch.load(tmp_path / f"{rank}.pt")
+            assert (mine - wanted).norm() <= 1e-11 * wanted.norm()
+        if turn == 0:  # one is in the second pass then, and the other before the first
+            for name in ("fit", "fit.part1of2"):
+                (tmp_path / f"{name}.safetensors").unlink()
+
+
+def test_a_process_that_does_not_see_the_whole_fit_gets_it(tmp_path):
+    wanted = EKFAC(made("text"), "exact").to_dense()
+    for _ in range(2):
+        torch.multiprocessing.spawn(_process, (str(tmp_path), str(tmp_path / "{}")), nprocs=2)
+    assert not (tmp_path / "1.safetensors").exists()
+    mine = torch.load(tmp_path / "1.pt")
+    assert (mine - wanted).norm() <= 1e-11 * wanted.norm()
 
 
 def test_as_preconditioner_it_saves_steps():

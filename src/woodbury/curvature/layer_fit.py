@@ -129,12 +129,13 @@ def fit_layers(
     chosen = (settings.kind, settings.samples, settings.seeds, settings.dense)
     passes = TwoPasses(objective, *chosen, cache if settings.corrected else "off")
     blocks = passes.gradients.blocks
-    tensors, phase, start = whole.load()
+    state = whole.load()
+    if world > 1 and state[1] != "done":
+        state = own.load()
+    tensors, phase, start = _agreed(state, group)
     if phase == "done":
         tensors = _placed(tensors, objective.device)
         return LayerFit(blocks, tensors, objective.num_examples, objective.dtype)
-    if world > 1:
-        tensors, phase, start = own.load()
     part = (rank, world)
     if phase == "factors":
         sums = factor_sums(objective, settings, blocks, tensors)
@@ -223,6 +224,23 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         return matrix, None
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return values.clamp(min=0), vectors
+
+
+def _agreed(state: tuple[Sums, str, int], group: Any) -> tuple[Sums, str, int]:
+    """Where all processes go on: one that was stopped in an earlier phase gets what it missed."""
+    if group is None:
+        return state
+    phases: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(phases, state[1], group=group)
+    last = max(phases, key=("factors", "corrections", "done").index)
+    if all(phase == last for phase in phases):
+        return state
+    sums = {k: v for k, v in state[0].items() if not k.endswith("/corrected")}
+    box = [sums if state[1] == last else None]
+    dist.broadcast_object_list(
+        box, src=dist.get_global_rank(group, phases.index(last)), group=group
+    )
+    return state if state[1] == last or box[0] is None else (box[0], last, 0)
 
 
 def _reduced(sums: Sums, group: Any) -> Sums:
