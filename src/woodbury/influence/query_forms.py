@@ -157,8 +157,8 @@ class LowRankQueries:
         What counts is the error of scores, and gradients of training examples are larger in some
         directions than in others: of the size $(\lambda + \rho)^{1/2} = W^{-1/2}$, as the damped
         matrix says. Of that $d^S_j = \operatorname{mean}_k(W^{-1}_{jk})^{1/2}$ and $d^A_k$ likewise
-        are the separable part. (Without the weights the error of scores is two to four times as
-        large at the same rank.)
+        are the separable part. (Without the weights the error of scores is more than twice as
+        large at rank 32: `benchmarks/low_rank_queries.py`.)
         """
         eigen = queries.eigen
         size = eigen.inverse.reciprocal()
