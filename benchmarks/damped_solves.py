@@ -30,12 +30,18 @@ from woodbury import (
     GaussNewton,
     GradientWindow,
     Identity,
+    LowRank,
     Neumann,
     Nystrom,
     Objective,
     solve,
 )
-from woodbury.curvature import LayerMatrix, damping_for_steps
+from woodbury.curvature import (
+    LayerMatrix,
+    curvature_preconditioner,
+    damping_for_steps,
+    heavy_columns,
+)
 from woodbury.operators import Diagonal
 from woodbury.solvers import GMRES, BlockCG
 
@@ -91,6 +97,8 @@ def main(small: bool = False, mu: float = 1e-3, epochs: int = 10) -> None:
     draw = torch.Generator().manual_seed(0)
     F = GradientWindow.from_objective(objective, mu, size=window, rows="sampled", generator=draw)
     inverses[f"M-FAC, {window} drawn gradients"] = F.inverse()
+    heavy = LowRank(heavy_columns(E, window)) + mu * Identity(n)
+    inverses[f"{window} heavy columns"] = heavy.inverse()
     exact = solve(A, B, CG(rtol=1e-12, preconditioner=inverses["EK-FAC"]))
     plain = solve(A, B, CG(rtol=1e-9 if small else 1e-11, max_steps=20000))
     truth = plain.value if small else exact.value
@@ -127,6 +135,11 @@ def main(small: bool = False, mu: float = 1e-3, epochs: int = 10) -> None:
     )
     recipes["CG, EK-FAC, for the budget"] = lambda k: CG(
         rtol=0, max_steps=k, preconditioner=damped(E, k)
+    )
+    recipes[f"CG, EK-FAC and {window} heavy columns"] = lambda k: CG(
+        rtol=0,
+        max_steps=k,
+        preconditioner=curvature_preconditioner(E, mu, k, columns=window),
     )
     recipes["block CG, EK-FAC, for the budget"] = lambda k: BlockCG(
         rtol=0, max_steps=k, preconditioner=damped(E, k)

@@ -16,7 +16,8 @@ Where to find what:
   ``kfac`` is made of them: a ``layer_matrix`` whose blocks ``layer_fit`` finds from the sums of
   ``factors`` (``products`` of whichever library is faster) over ``two_passes``, kept by
   ``layer_store``; ``partitioned_fit`` merges them from files; ``damping`` and ``coverage`` say what
-  was added and what is represented how, and ``promotion`` takes half precision to float32.
+  was added and what is represented how, ``preconditioning`` makes a preconditioner of it, and
+  ``promotion`` takes half precision to float32.
 - Linearise once, multiply many times: ``graphs`` by automatic differentiation for any model,
   ``signals`` faster for networks of linear layers, ``linearization`` keeps both within a budget,
   ``memory`` measures.
@@ -42,6 +43,7 @@ from woodbury.curvature.layer_matrix import LayerMatrix
 from woodbury.curvature.layers import MatrixBlock, MatrixGradients, VectorBlock, VectorGradients
 from woodbury.curvature.objective import Objective
 from woodbury.curvature.partitioned_fit import PartitionedFit
+from woodbury.curvature.preconditioning import curvature_preconditioner, heavy_columns
 from woodbury.curvature.window_inverse import WindowInverse
 from woodbury.curvature.window_recursion import WindowRecursion
 
@@ -71,6 +73,8 @@ __all__ = [
     "WindowRecursion",
     "block_curvature",
     "choose_damping",
+    "curvature_preconditioner",
     "damping_for_steps",
     "diagonal_curvature",
+    "heavy_columns",
 ]

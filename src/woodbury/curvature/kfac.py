@@ -29,7 +29,7 @@ from woodbury.operators import (
 )
 from woodbury.spaces import Space
 
-__all__ = ["EKFAC", "KFAC"]
+__all__ = ["EKFAC", "KFAC", "regularizers"]
 
 
 class KFAC(LayerMatrix):
@@ -160,7 +160,7 @@ class KFAC(LayerMatrix):
             self.layers[unused.name] = unused
             places.append(unused.positions(space))
             blocks[unused.name] = _zero(unused.size(space), wide)
-        for name, l2 in _regularizers(self.layers, wide).items():
+        for name, l2 in regularizers(self.layers, wide).items():
             blocks[name] = blocks[name] + l2 * Identity(blocks[name].shape[0])
         permutation = Permutation(
             torch.cat(places).to(wide.device), dtype=wide.dtype, out_space=space
@@ -302,7 +302,7 @@ def _unused(layers: Mapping[str, Block], space: Space) -> VectorBlock | None:
     return VectorBlock(_UNUSED, parts) if parts else None
 
 
-def _regularizers(layers: Mapping[str, Block], objective: Objective) -> dict[str, float]:
+def regularizers(layers: Mapping[str, Block], objective: Objective) -> dict[str, float]:
     """The objective's ``l2`` for each layer, where there is one."""
     l2 = objective.l2
     if not isinstance(l2, Tensor):

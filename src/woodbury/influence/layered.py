@@ -22,7 +22,7 @@ from woodbury.influence.eigenbasis import (
 )
 from woodbury.influence.kronecker import one_by_one
 from woodbury.influence.pairwise import SECONDS_BETWEEN_PIECES, Say
-from woodbury.influence.rows import Gradients, joined, norms_of, of_one_shape, rows_of_data, take
+from woodbury.influence.rows import Gradients, joined, norms_of, of_one_shape, rows_of_data
 from woodbury.influence.runs import Run
 from woodbury.influence.truncation import (
     Choice,
@@ -178,7 +178,7 @@ class Layered:
         drawn, places = draw.columns.unique(return_inverse=True)
         errors = {}
         for name in terms:
-            sample, found = take(batch[name], drawn), []
+            sample, found = batch[name].take(drawn), []
             for part, query, own in _among(groups, name, draw.queries):
                 if isinstance(query, MatrixQueries) and query.single:
                     pairs = own, places[part], weights[:, part]
@@ -216,7 +216,7 @@ class Layered:
             blocks = batch.blocks
             if not bool(wanted.all()):
                 index = wanted.nonzero().squeeze(1)
-                blocks = {key: take(gradients, index) for key, gradients in blocks.items()}
+                blocks = {key: gradients.take(index) for key, gradients in blocks.items()}
             columns = torch.searchsorted(self.rows, batch.rows[wanted])
             if len(columns):
                 found = [each(group, blocks) for group in groups]

@@ -23,7 +23,7 @@ from woodbury.influence.query_forms import (
     LowRankQueries,
     TokenQueries,
 )
-from woodbury.influence.rows import Gradients, joined, norms_squared, rows_of_data
+from woodbury.influence.rows import Gradients, joined, rows_of_data
 from woodbury.influence.runs import Run
 from woodbury.influence.truncation import Draw, Truncation
 from woodbury.operators.memory import in_words
@@ -106,8 +106,8 @@ class LowRank(Layered):
         """Norms of the gradients of the approximate blocks, ``[b, R]``."""
         if not self.ranks:
             return super()._sizes_of(blocks)
-        nothing = torch.zeros_like(norms_squared(next(iter(blocks.values()))))
-        squares = [norms_squared(blocks[k]) if k in blocks else nothing for k in self.ranks]
+        nothing = torch.zeros_like(next(iter(blocks.values())).squared_norms())
+        squares = [blocks[k].squared_norms() if k in blocks else nothing for k in self.ranks]
         return torch.stack(squares, 1).sqrt()
 
     # -------------------------------------------------------------- queries

@@ -15,20 +15,11 @@ __all__ = [
     "Gradients",
     "joined",
     "norms_of",
-    "norms_squared",
     "of_one_shape",
     "rows_of_data",
-    "take",
 ]
 
 Gradients = MatrixGradients | VectorGradients
-
-
-def take(gradients: Gradients, part: Tensor) -> Gradients:
-    """The gradients of some of the examples."""
-    if isinstance(gradients, VectorGradients):
-        return VectorGradients(gradients.block, gradients.values[part])
-    return MatrixGradients(gradients.block, gradients.inputs[part], gradients.grads[part])
 
 
 def of_one_shape(pieces: Sequence[Gradients]) -> bool:
@@ -46,22 +37,9 @@ def joined(pieces: Sequence[Gradients]) -> Gradients:
     return MatrixGradients(first.block, torch.cat(inputs), torch.cat(grads))
 
 
-def norms_squared(gradients: Gradients) -> Tensor:
-    """Squared norms of the gradients of every example, ``[b]``."""
-    if isinstance(gradients, VectorGradients):
-        return gradients.values.square().sum(1)
-    g, t = gradients.grads, gradients.grads.shape[1]
-    if gradients.one_hot or g.shape[2] * gradients.block.m < t * (g.shape[2] + gradients.block.m):
-        return torch.cat([part.dense().square().sum(1) for part in gradients.chunks()])
-    a = gradients.inputs
-    if t == 1:
-        return g[:, 0].square().sum(1) * a[:, 0].square().sum(1)
-    return (torch.bmm(g, g.mT) * torch.bmm(a, a.mT)).sum((1, 2))
-
-
 def norms_of(blocks: Mapping[str, Gradients]) -> Tensor:
     """Norms of the gradients of every example over all blocks, ``[b]``."""
-    return torch.stack([norms_squared(part) for part in blocks.values()]).sum(0).sqrt()
+    return torch.stack([part.squared_norms() for part in blocks.values()]).sum(0).sqrt()
 
 
 def rows_of_data(objective: Objective, wanted: Tensor) -> list[tuple[Tensor, object]]:

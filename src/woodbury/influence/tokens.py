@@ -16,7 +16,7 @@ from woodbury.errors import ArgumentError, ShapeError, StructureError
 from woodbury.influence.forecast import make_plan
 from woodbury.influence.influence import Influence
 from woodbury.influence.measurements import measured
-from woodbury.influence.rows import Gradients, rows_of_data, take
+from woodbury.influence.rows import Gradients, rows_of_data
 
 __all__ = ["TokenScores", "token_scores"]
 
@@ -205,7 +205,7 @@ def _of_batch(
         own = (pairs[:, 0] == query).nonzero().squeeze(1)
         examples = pairs[own, 1]
         for name, gradients in blocks.items():
-            few = take(gradients, examples)
+            few = gradients.take(examples)
             solution = matrices[name][query : query + 1]
             if not isinstance(few, MatrixGradients):
                 rest[own] += few.inner(solution)[0]

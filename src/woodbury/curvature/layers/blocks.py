@@ -175,9 +175,17 @@ class VectorGradients:
     def __init__(self, block: VectorBlock, values: Tensor) -> None:
         self.block, self.values = block, values
 
+    def take(self, part: Tensor) -> VectorGradients:
+        """Those of some of the examples."""
+        return VectorGradients(self.block, self.values[part])
+
     def dense(self) -> Tensor:
         """The gradients ``[b, n]``."""
         return self.values
+
+    def squared_norms(self) -> Tensor:
+        """Of every example, ``[b]``."""
+        return self.values.square().sum(1)
 
     def inner(self, U: Tensor) -> Tensor:
         """Inner products ``[q, b]`` with ``U [q, n]``."""
@@ -221,6 +229,10 @@ class MatrixGradients:
         """Whether ``inputs`` are indices."""
         return self.block.one_hot
 
+    def take(self, part: Tensor) -> MatrixGradients:
+        """Those of some of the examples."""
+        return MatrixGradients(self.block, self.inputs[part], self.grads[part])
+
     def dense_inputs(self) -> Tensor:
         """The inputs ``[b, t, m]``, one-hot ones written out."""
         if not self.one_hot:
@@ -239,6 +251,15 @@ class MatrixGradients:
         if t == 1:
             return (self.grads.mT * self.inputs).view(b, p * m)
         return torch.bmm(self.grads.mT, self.inputs).view(b, p * m)
+
+    def squared_norms(self) -> Tensor:
+        """Of every example, ``[b]``, by the gradients or by products of positions."""
+        g, a, t = self.grads, self.inputs, self.grads.shape[1]
+        if self.one_hot or g.shape[2] * self.block.m < t * (g.shape[2] + self.block.m):
+            return torch.cat([part.dense().square().sum(1) for part in self.chunks()])
+        if t == 1:
+            return g[:, 0].square().sum(1) * a[:, 0].square().sum(1)
+        return (torch.bmm(g, g.mT) * torch.bmm(a, a.mT)).sum((1, 2))
 
     def chunks(self, nbytes: int = _CHUNK_BYTES) -> Sequence[MatrixGradients]:
         """These gradients in parts whose dense form takes at most so many bytes."""
