@@ -9,14 +9,16 @@ from woodbury.curvature.capture import FactoredBatch, FactoredGradients
 from woodbury.curvature.damping import damping_for_steps
 from woodbury.curvature.kfac import KFAC, regularizers
 from woodbury.curvature.layer_matrix import LayerMatrix
+from woodbury.curvature.layers import VectorGradients
+from woodbury.curvature.objective import Objective
 from woodbury.errors import ArgumentError, BudgetError
 from woodbury.operators import Eigendecomposed, LinearOperator, LowRank
 from woodbury.operators.memory import available_bytes, in_words
 
 __all__ = ["curvature_preconditioner", "heavy_columns"]
 
-# Vectors that are held for each column: kept ones, new ones, both while they are sorted, and the
-# inverse applied to them.
+# Vectors that are held for each column: itself, it in the eigenbasis, and the inverse applied to it
+# while that is made.
 _COPIES = 4
 
 
@@ -40,8 +42,8 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
         ArgumentError: ``count`` is negative or no integer.
         BudgetError: they would not fit into the memory that is available.
 
-    Cost: a pass over the data with as many backward passes as columns for each example;
-    ``4 n count`` numbers at most.
+    Cost: two passes over the data with as many backward passes as columns for each example;
+    ``n count`` numbers.
 
     Example:
         >>> import torch
@@ -55,11 +57,8 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ArgumentError(f"count is {count!r}; it must be an integer >= 0")
     objective, settings = curvature.objective, curvature.settings
-    n = objective.space.dim
-    kept = torch.zeros(0, n, dtype=objective.dtype, device=objective.device)
-    sizes = kept.new_zeros(0)
     if count == 0:
-        return kept.T
+        return _allocated(0, objective).T
     gradients = FactoredGradients(
         objective,
         settings.kind,
@@ -67,46 +66,48 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
         generator=torch.Generator().manual_seed(settings.seeds[1]),  # of the corrected eigenvalues
         dense=settings.dense,
     )
+    squares = torch.cat([_weights(b) * _squares(b) for b in gradients.passes("sizes of columns")])
+    order = squares.argsort(descending=True, stable=True)[:count]
+    order = order[squares[order] > 0]
+    kept = _allocated(len(order), objective)
+    place = torch.full_like(squares, -1, dtype=torch.int64)
+    place[order] = torch.arange(len(order), device=place.device)
     places = {k: b.positions(objective.space).to(kept.device) for k, b in gradients.blocks.items()}
-    for batch in gradients.passes("heavy columns"):
-        if batch.index == batch.column == 0:
-            _require_memory(min(count, objective.num_examples * batch.columns), kept)
-        squares = torch.stack([part.squared_norms() for part in batch.blocks.values()]).sum(0)
-        squares = squares / objective.num_examples
-        if batch.weights is not None:
-            squares = squares * batch.weights
-        least = sizes[-1] if len(sizes) == count else 0.0
-        new = squares.topk(min(count, len(squares))).indices
-        new = new[squares[new] > least]
-        if not len(new):
-            continue
-        factors = torch.full_like(squares[new], 1 / objective.num_examples)
-        if batch.weights is not None:
-            factors = factors * batch.weights[new]
-        rows = _rows(batch, new, places, n) * factors.sqrt()[:, None]
-        both = torch.cat([sizes, squares[new]])
-        order = both.argsort(descending=True, stable=True)[:count]
-        kept, sizes = torch.cat([kept, rows])[order], both[order]
+    start = 0
+    for batch in gradients.passes("heavy columns") if len(order) else ():
+        own = place[start : start + batch.size]
+        start += batch.size
+        chosen = (own >= 0).nonzero().squeeze(1)
+        for name, part in batch.blocks.items() if len(chosen) else ():
+            kept[own[chosen][:, None], places[name]] = part.take(chosen).dense()
+        kept[own[chosen]] *= (_weights(batch)[chosen] / objective.num_examples).sqrt()[:, None]
     return kept.T
 
 
-def _require_memory(count: int, like: Tensor) -> None:
-    n = like.shape[1]
-    needed, room = _COPIES * count * n * like.element_size(), available_bytes(like.device)
+def _squares(batch: FactoredBatch) -> Tensor:
+    """Squared norms of the gradients, ``[b]``."""
+    return torch.stack([part.squared_norms() for part in batch.blocks.values()]).sum(0)
+
+
+def _weights(batch: FactoredBatch) -> Tensor:
+    if batch.weights is not None:
+        return batch.weights
+    first = next(iter(batch.blocks.values()))
+    like = first.values if isinstance(first, VectorGradients) else first.grads
+    return like.new_ones(batch.size)
+
+
+def _allocated(count: int, objective: Objective) -> Tensor:
+    """Zeros ``[count, n]``, if there is room for what is done with them."""
+    kept = torch.zeros((), dtype=objective.dtype, device=objective.device)
+    n, room = objective.space.dim, available_bytes(objective.device)
+    needed = _COPIES * count * n * kept.element_size()
     if needed > room:
         raise BudgetError(
             f"{in_words(needed)} are needed for {count} columns of {n} entries, {in_words(room)} "
             "are available; ask for fewer columns"
         )
-
-
-def _rows(batch: FactoredBatch, chosen: Tensor, places: dict[str, Tensor], n: int) -> Tensor:
-    """The gradients of some examples of a batch as rows ``[k, n]``."""
-    parts = {name: part.take(chosen).dense() for name, part in batch.blocks.items()}
-    rows = next(iter(parts.values())).new_zeros(len(chosen), n)
-    for name, part in parts.items():
-        rows[:, places[name]] = part
-    return rows
+    return kept.repeat(count, n)
 
 
 def curvature_preconditioner(
@@ -141,9 +142,9 @@ def curvature_preconditioner(
         ArgumentError: ``shift`` plus ``l2`` is not positive, ``steps`` or ``columns`` is negative.
         BudgetError: the columns would not fit into memory.
 
-    Cost: a pass over the data as for :func:`heavy_columns`, two changes of basis for every column
-    and the Cholesky factor of a matrix of their number; then a product costs one with
-    ``curvature`` and ``4 n columns`` operations.
+    Cost: that of :func:`heavy_columns`, three changes of basis for every column and the Cholesky
+    factor of a matrix of their number; then a product costs one with ``curvature`` and
+    ``4 n columns`` operations.
 
     Example:
         >>> import torch
