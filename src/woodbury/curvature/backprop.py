@@ -17,6 +17,9 @@ from woodbury.errors import ArgumentError, NonFiniteError, StructureError
 
 __all__ = ["Backprop", "pulled_back"]
 
+# Outputs of an example whose root is decomposed: c^3 operations for each example.
+_FEW = 128
+
 
 class Backprop:
     r"""Scalars per example whose gradients $s$ make a matrix $\sum s s^T$.
@@ -30,12 +33,23 @@ class Backprop:
         seed: of the labels, which belong to the rows of the data: the same however these are cut
             into batches (``woodbury.curvature.draws``).
 
+        principal: with ``"exact"``: columns of each example that are orthogonal to each other, the
+            largest first, where outputs are few (``_FEW``); they concentrate what there is.
+
     Raises:
         ArgumentError: ``kind`` or ``samples`` is not valid.
         StructureError: the criterion is no likelihood (sampled, exact).
     """
 
-    def __init__(self, problem: Problem, kind: str, samples: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        kind: str,
+        samples: int = 1,
+        seed: int = 0,
+        *,
+        principal: bool = False,
+    ) -> None:
         if kind not in ("exact", "sampled", "empirical"):
             raise ArgumentError(f"kind is {kind!r}; use 'exact', 'sampled' or 'empirical'")
         if samples < 1:
@@ -46,6 +60,7 @@ class Backprop:
                 "BCEWithLogitsLoss; kind='empirical' works with any criterion"
             )
         self.problem, self.kind, self.samples, self.seed = problem, kind, samples, seed
+        self.principal = principal
 
     def evaluate(self, params: Params, batch: Batch) -> Tensor:
         """What is differentiated: losses ``[B]`` or outputs ``[B, ...]``."""
@@ -74,7 +89,9 @@ class Backprop:
             yield torch.ones_like(plain)
             return
         if self.kind == "exact":
-            yield from self._likelihood.root_columns(plain, self.problem.target(batch))
+            columns = self._likelihood.root_columns(plain, self.problem.target(batch))
+            few = self.principal and plain[0].numel() <= _FEW
+            yield from _orthogonal(list(columns)) if few else columns
             return
         for score in self.scores(plain, batch):
             yield score / self.samples**0.5
@@ -105,6 +122,14 @@ class Backprop:
             return torch.ones_like(root)
         generator = torch.Generator(root.device).manual_seed(0)
         return torch.randn(root.shape, dtype=root.dtype, device=root.device, generator=generator)
+
+
+def _orthogonal(columns: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Columns with the same sum of outer products, those of an example orthogonal."""
+    root = torch.stack([column.flatten(1) for column in columns], 2)  # [B, outputs, columns]
+    U, values, _ = torch.linalg.svd(root, full_matrices=False)
+    for column in (U * values[:, None]).unbind(2):
+        yield column.reshape(columns[0].shape)
 
 
 def pulled_back(

@@ -97,6 +97,8 @@ class FactoredGradients:
         generator: for the labels; default torch's own. The same labels are drawn in every pass,
             and however the data is cut into batches: a label belongs to its row.
         dense: names of parameters whose gradients are taken one by one, whatever their form.
+        principal: with ``"exact"``: gradients of an example belong to orthogonal changes of its
+            outputs, the largest first, where there are at most 128 outputs.
 
     Raises:
         ArgumentError: a ``kind``, ``samples`` or name that is not valid.
@@ -136,10 +138,11 @@ class FactoredGradients:
         samples: int = 1,
         generator: torch.Generator | None = None,
         dense: Iterable[str] = (),
+        principal: bool = False,
     ) -> None:
         self.objective = objective
         seed = make_seed(generator) if kind == "sampled" else 0
-        self.backprop = Backprop(objective, kind, samples, seed)
+        self.backprop = Backprop(objective, kind, samples, seed, principal=principal)
         names = {dense} if isinstance(dense, str) else set(dense)
         unknown = sorted(names - set(objective.space.shapes))
         if unknown:

@@ -20,14 +20,18 @@ __all__ = ["curvature_preconditioner", "heavy_columns"]
 # Vectors that are held for each column: itself, it in the eigenbasis, and the inverse applied to it
 # while that is made.
 _COPIES = 4
+# Of damping_for_steps: what is left of the matrix is closer to flat than the whole, and EK-FAC is
+# trusted less with it.
+_ACCURACY = 0.1
 
 
 def heavy_columns(curvature: KFAC, count: int) -> Tensor:
     r"""The columns of largest norm of the Fisher matrix that ``curvature`` approximates.
 
     That matrix is $\sum_{ic} v_{ic} v_{ic}^T + \operatorname{diag}(l_2)$ with
-    $v_{ic} = \sqrt{w_i / N}\,J_i^T s_{ic}$: for ``"exact"`` $s_{ic}$ are the columns of a root of
-    the curvature in the outputs of example $i$ (for a likelihood this is the Gauss-Newton matrix),
+    $v_{ic} = \sqrt{w_i / N}\,J_i^T s_{ic}$: for ``"exact"`` $s_{ic}$ are the eigenvectors of the
+    curvature in the outputs of example $i$ times the roots of their eigenvalues (beyond 128 outputs
+    the columns of another root; for a likelihood all this is the Gauss-Newton matrix),
     for ``"sampled"`` the scores at the labels that EK-FAC drew, for ``"empirical"`` there is one,
     the gradient of the loss.
 
@@ -65,6 +69,7 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
         samples=settings.samples,
         generator=torch.Generator().manual_seed(settings.seeds[1]),  # of the corrected eigenvalues
         dense=settings.dense,
+        principal=True,
     )
     squares = torch.cat([_weights(b) * _squares(b) for b in gradients.passes("sizes of columns")])
     order = squares.argsort(descending=True, stable=True)[:count]
@@ -122,10 +127,10 @@ def curvature_preconditioner(
 
     where $Q$ and $\Lambda$ are the eigenvectors and eigenvalues of ``curvature``, and $K'$ what is
     left of it: with EK-FAC the diagonal of $G - V V^T$ in the basis $Q$, found without another
-    pass. $\lambda$ is :func:`damping_for_steps`. A few rows that a model is unsure of make most of
-    what stands out of $G$; these are where an average over all rows, which Kronecker factors are,
-    is wrong by most. With all columns it is the inverse itself, with none the scaled
-    ``curvature.damped_inverse(damping_for_steps(shift, steps))``.
+    pass. $\lambda$ is :func:`damping_for_steps` with ``accuracy=0.1``. A few rows that a model is
+    unsure of make most of what stands out of $G$; these are where an average over all rows, which
+    Kronecker factors are, is wrong by most. With all columns it is the inverse itself, with none
+    the scaled ``curvature.damped_inverse(damping_for_steps(shift, steps, accuracy=0.1))``.
 
     Args:
         curvature: :class:`~woodbury.EKFAC` (or :class:`~woodbury.KFAC`) of the matrix;
@@ -161,7 +166,9 @@ def curvature_preconditioner(
     """
     penalties = regularizers(curvature.layers, curvature.objective)
     shifts = {name: shift + penalties.get(name, 0.0) for name in curvature.blocks}
-    dampings = {name: damping_for_steps(own, steps) for name, own in shifts.items()}
+    dampings = {
+        name: damping_for_steps(own, steps, accuracy=_ACCURACY) for name, own in shifts.items()
+    }
     V = heavy_columns(curvature, columns)
     inner = curvature.permutation._rmatmat(V)
     blocks: dict[str, LinearOperator] = {}
