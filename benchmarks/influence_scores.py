@@ -79,17 +79,17 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def peer(job: dict) -> dict | None:
-    """What kronfluence says, or ``None`` where it is not there."""
+def peer(job: dict, script: str = "_kronfluence_scores") -> dict | None:
+    """What kronfluence says of a job, or ``None`` where it is not there."""
     if not PEERS.exists():
         print(f"{PEERS} is missing: kronfluence is not shown", flush=True)
         return None
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "job.pt", Path(folder) / "found.pt"
         torch.save(job, given)
-        script = [str(PEERS), "-m", "benchmarks._kronfluence_scores", str(given), str(found)]
+        words = [str(PEERS), "-m", f"benchmarks.{script}", str(given), str(found)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-        done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             print("kronfluence failed:", done.stderr.strip().splitlines()[-1:], flush=True)
             return None

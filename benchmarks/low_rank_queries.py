@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import gzip
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +27,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.layer_fit import PEERS, build  # noqa: E402
+from benchmarks.influence_scores import THREADS, peer  # noqa: E402
+from benchmarks.layer_fit import build  # noqa: E402
 
 from woodbury import EKFAC, Influence, Objective  # noqa: E402
 from woodbury.curvature import FactoredGradients  # noqa: E402
@@ -37,7 +36,6 @@ from woodbury.influence.eigenbasis import EigenBlock, MatrixQueries  # noqa: E40
 from woodbury.influence.forecast import query_bytes  # noqa: E402
 from woodbury.influence.measurements import measured  # noqa: E402
 
-THREADS = 2
 Data = tuple[Tensor, Tensor]
 
 
@@ -106,23 +104,6 @@ def plain(influence: Influence, queries: Data, ranks: list[int]) -> dict[int, Te
     return found
 
 
-def peer(job: dict) -> dict | None:
-    """What kronfluence says, or ``None`` where it is not there."""
-    if not PEERS.exists():
-        print(f"{PEERS} is missing: kronfluence is not shown", flush=True)
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder) / "job.pt", Path(folder) / "found.pt"
-        torch.save(job, given)
-        script = [str(PEERS), "-m", "benchmarks._kronfluence_low_rank", str(given), str(found)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-        done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            print("kronfluence failed:", done.stderr.strip().splitlines()[-1:], flush=True)
-            return None
-        return torch.load(found, weights_only=False)
-
-
 def main() -> None:
     """Print the table."""
     small = "--small" in sys.argv
@@ -149,7 +130,7 @@ def main() -> None:
     uncut = plain(influence, queries, ranks)
     job = {"state": model.state_dict(), "sizes": sizes, "threads": THREADS, "batch": batch}
     job |= {"x": x, "y": y, "x_query": queries[0], "y_query": queries[1], "ranks": ranks}
-    theirs = None if "--no-peer" in sys.argv else peer(job)
+    theirs = None if "--no-peer" in sys.argv else peer(job, "_kronfluence_low_rank")
     head = "rank      MiB of queries   seconds   error: true   measured   at most   plain"
     print(head + ("" if theirs is None else "   kronfluence: seconds   error   ratio"))
 
