@@ -12,21 +12,10 @@ import time
 from types import SimpleNamespace
 
 import torch
+from benchmarks._kronfluence_fit import Classification
 from benchmarks.layer_fit import build
-from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
-from torch.nn import functional as F
+from kronfluence import Analyzer, FactorArguments, ScoreArguments, prepare_model
 from torch.utils.data import TensorDataset
-
-
-class Classification(Task):
-    """Sums of losses, as the library asks for; labels are those of the data."""
-
-    def compute_train_loss(self, batch, model, sample=False):
-        x, y = batch
-        return F.cross_entropy(model(x), y, reduction="sum")
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
 
 
 def main() -> None:

@@ -215,3 +215,29 @@ def test_the_largest_of_all_columns_are_kept(name):
     assert torch.allclose(found.norm(dim=0), norms.values[:6], rtol=1e-12)
     wanted = wanted @ wanted.T
     assert (found @ found.T - wanted).norm() <= 1e-11 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+def test_columns_are_those_that_eigenvalues_were_corrected_with(kind):
+    objective = made("image")
+    E = EKFAC(objective, kind)
+    squares = heavy_columns(E, 10**6).square().sum(1)
+    for name, block in E.layers.items():
+        wanted = float(E.blocks[name].trace())
+        assert wanted > 0
+        assert float(squares[block.positions(objective.space)].sum()) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+def test_columns_are_those_that_factors_were_made_of(kind):
+    """Without Kronecker form blocks are exact: sums over the very same columns."""
+    objective = made("image")
+    K = KFAC(objective, kind, dense=list(objective.space.sizes))
+    V = heavy_columns(K, 10**6)
+    whole, start = K.to_dense(), 0
+    for size in objective.space.sizes.values():
+        own = slice(start, start + size)
+        start += size
+        wanted = whole[own, own]
+        assert wanted.norm() > 0
+        assert (V[own] @ V[own].T - wanted).norm() <= 1e-12 * wanted.norm()

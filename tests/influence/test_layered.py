@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.influence.models import Tied
 from torch import Tensor, nn
 
 from woodbury import CG, EKFAC, Influence, Objective
@@ -17,22 +18,6 @@ from woodbury.errors import ArgumentError, DataError, NonFiniteError, SingularEr
 from woodbury.influence import layered
 from woodbury.influence.eigenbasis import EigenBlock, MatrixQueries, Spectrum
 from woodbury.influence.truncation import Draw, choose, pair_sizes
-
-
-class Tokens(nn.Module):
-    """Embedding, norm, two layers on sequences, and the embedding again for the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.norm = nn.LayerNorm(4)
-        self.up = nn.Linear(4, 6)
-        self.down = nn.Linear(6, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
-        h = h + self.down(torch.tanh(self.up(self.norm(h))))
-        return (h @ self.embed.weight.T).transpose(1, 2)
 
 
 class Picture(nn.Module):
@@ -51,7 +36,7 @@ def problem(kind: str, count: int, seed: int) -> tuple[nn.Module, tuple[Tensor, 
     torch.manual_seed(0)
     models: dict[str, Any] = {
         "rows": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)),
-        "tokens": Tokens,
+        "tokens": lambda: Tied(7, 4, 6),
         "picture": Picture,
     }
     model = models[kind]().double()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.influence.models import Tied
 from torch import Tensor, nn
 
 from woodbury import CG, EKFAC, Influence, Objective
@@ -23,20 +24,6 @@ from woodbury.influence.query_forms import (
     TokenQueries,
     leading,
 )
-
-
-class Tied(nn.Module):
-    """An embedding that is also the output layer, a norm, and layers on sequences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(11, 10), nn.LayerNorm(10)
-        self.up, self.down = nn.Linear(10, 12), nn.Linear(12, 10)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
-        h = h + self.down(torch.tanh(self.up(self.norm(h))))
-        return (h @ self.embed.weight.T).transpose(1, 2)
 
 
 class Lookup(nn.Module):
@@ -65,7 +52,7 @@ class Picture(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean((2, 3)))
 
 
-MODELS = {"tied": Tied, "lookup": Lookup, "picture": Picture}
+MODELS = {"tied": lambda: Tied(11, 10, 12), "lookup": Lookup, "picture": Picture}
 KINDS = tuple(MODELS)
 Data = tuple[Tensor, Tensor]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.influence.models import Tied
 from torch import Tensor, nn
 
 from woodbury import EKFAC, Influence, Objective
@@ -27,22 +28,6 @@ from woodbury.influence import EigenProjection, GradientStore, RandomProjection,
 from woodbury.influence.shards import at_least, chunks, quantize, read_shard, write_shard
 
 FULL = EigenProjection(1000, 1000)
-
-
-class Tokens(nn.Module):
-    """An embedding that is also the output layer, norms, and layers on sequences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.norm = nn.LayerNorm(4)
-        self.up = nn.Linear(4, 6)
-        self.down = nn.Linear(6, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
-        h = h + self.down(torch.tanh(self.up(self.norm(h))))
-        return (h @ self.embed.weight.T).transpose(1, 2)
 
 
 class Lookup(nn.Module):
@@ -77,7 +62,7 @@ def problem(kind: str, count: int, seed: int) -> tuple[nn.Module, tuple[Tensor, 
     torch.manual_seed(0)
     models: dict[str, Any] = {
         "rows": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)),
-        "tokens": Tokens,
+        "tokens": lambda: Tied(7, 4, 6),
         "lookup": Lookup,
         "picture": Picture,
     }

@@ -31,9 +31,9 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
     That matrix is $\sum_{ic} v_{ic} v_{ic}^T + \operatorname{diag}(l_2)$ with
     $v_{ic} = \sqrt{w_i / N}\,J_i^T s_{ic}$: for ``"exact"`` $s_{ic}$ are the eigenvectors of the
     curvature in the outputs of example $i$ times the roots of their eigenvalues (beyond 128 outputs
-    the columns of another root; for a likelihood all this is the Gauss-Newton matrix),
-    for ``"sampled"`` the scores at the labels that EK-FAC drew, for ``"empirical"`` there is one,
-    the gradient of the loss.
+    the columns of another root; for a likelihood all this is the Gauss-Newton matrix), for
+    ``"sampled"`` the scores at drawn labels (those of the factors of K-FAC, or of the corrected
+    eigenvalues of EK-FAC), for ``"empirical"`` there is one, the gradient of the loss.
 
     Args:
         curvature: :class:`~woodbury.KFAC` or :class:`~woodbury.EKFAC`.
@@ -67,7 +67,7 @@ def heavy_columns(curvature: KFAC, count: int) -> Tensor:
         objective,
         settings.kind,
         samples=settings.samples,
-        generator=torch.Generator().manual_seed(settings.seeds[1]),  # of the corrected eigenvalues
+        generator=torch.Generator().manual_seed(settings.seeds[int(curvature.corrected)]),
         dense=settings.dense,
         principal=True,
     )
